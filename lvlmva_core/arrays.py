@@ -1,0 +1,145 @@
+"""Arrays and tables on disk: sharded zarr groups, parquet, JSON; byte-stable and checked when read."""
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lvlmva_core.errors import InputError
+
+SHARD_ROWS = 64  # one file per 64 samples: few enough files for DVC, small enough to transfer singly
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], attrs: Mapping[str, Any]) -> None:
+    """Write arrays of equal first dimension as one zarr group that replaces whatever stood at `path`.
+
+    Chunks hold one sample, shards 64; blosc-zstd with shuffle, and a CRC-32C per chunk so that damage is noticed
+    when it is read. The group is built beside `path` and renamed, so `path` is never half written.
+
+    Args:
+        path: folder of the group.
+        arrays: name -> (N, ...) array, N > 0.
+        attrs: JSON-able facts about the arrays (provenance). No times: the same input must give the same bytes.
+    """
+    import zarr
+    from zarr.codecs import BloscCodec, BloscShuffle, Crc32cCodec
+
+    building = path.with_name(path.name + ".partial")
+    shutil.rmtree(building, ignore_errors=True)
+    building.parent.mkdir(parents=True, exist_ok=True)
+    with zarr.config.set({"array.write_empty_chunks": True, "async.concurrency": 4}):
+        group = zarr.create_group(store=str(building), zarr_format=3, attributes=json.loads(_dump(attrs)))
+        for name in sorted(arrays):
+            array = np.ascontiguousarray(arrays[name])
+            stored = group.create_array(
+                name,
+                shape=array.shape,
+                dtype=array.dtype,
+                chunks=(1, *array.shape[1:]),
+                shards=(SHARD_ROWS, *array.shape[1:]),
+                compressors=[
+                    BloscCodec(typesize=array.itemsize, cname="zstd", clevel=5, shuffle=BloscShuffle.shuffle),
+                    Crc32cCodec(),
+                ],
+            )
+            stored[...] = array
+    shutil.rmtree(path, ignore_errors=True)
+    building.rename(path)
+
+
+def read_array(path: Path, name: str, rows: np.ndarray | slice | None = None) -> np.ndarray:
+    """Read one array (or some rows of it) that `write_arrays` wrote.
+
+    Raises:
+        InputError: the group or array is missing, a shard is missing, or a chunk does not match its checksum.
+    """
+    import zarr
+
+    try:
+        array = zarr.open_group(str(path), mode="r")[name]
+        if not isinstance(array, zarr.Array):
+            raise KeyError(name)
+        missing = math.ceil(array.shape[0] / SHARD_ROWS) - _count_shards(path / name)
+        if missing:
+            raise InputError(f"{path}: array '{name}' lacks {missing} of its shard files; {_REPAIR}")
+        if rows is None:
+            return np.asarray(array[...])
+        if isinstance(rows, slice):
+            return np.asarray(array[rows])
+        return np.asarray(array.oindex[rows])
+    except InputError:
+        raise
+    except (FileNotFoundError, KeyError) as error:
+        raise InputError(f"{path}: no zarr group with an array '{name}' there; {_REPAIR}") from error
+    except (ValueError, RuntimeError, OSError) as error:  # what zarr's codecs raise on damaged bytes
+        raise InputError(f"{path}: array '{name}' cannot be read ({_one_line(error)}); {_REPAIR}") from error
+
+
+def read_attrs(path: Path) -> dict[str, Any]:
+    """Read the attributes of a group that `write_arrays` wrote. Raises InputError where there is none."""
+    import zarr
+
+    try:
+        return dict(zarr.open_group(str(path), mode="r").attrs)
+    except (FileNotFoundError, KeyError, ValueError) as error:
+        raise InputError(f"{path}: not a readable zarr group; {_REPAIR}") from error
+
+
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    """Write a table as parquet, without an index, byte for byte the same for the same table."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table.to_parquet(path, index=False, engine="pyarrow", compression="zstd")
+
+
+def read_table(path: Path, columns: list[str]) -> pd.DataFrame:
+    """Read a parquet table and check that it has `columns`. Raises InputError where it does not."""
+    try:
+        table = pd.read_parquet(path, engine="pyarrow")
+    except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
+        raise InputError(f"{path}: not a readable parquet table ({_one_line(error)}); {_REPAIR}") from error
+    absent = [column for column in columns if column not in table.columns]
+    if absent:
+        raise InputError(f"{path}: lacks the columns {', '.join(absent)}; {_REPAIR}")
+    return table
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON with sorted keys and no NaN, so that the same content gives the same bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(_dump(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON. Raises InputError naming the file where it is missing or malformed."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable JSON ({_one_line(error)}); {_REPAIR}") from error
+
+
+_REPAIR = "restore it with `dvc checkout`, or delete it and run `dvc repro`"
+
+
+def _count_shards(folder: Path) -> int:
+    return sum(1 for file in (folder / "c").rglob("*") if file.is_file())
+
+
+def _dump(content: Any, indent: int | None = None) -> str:
+    return json.dumps(content, sort_keys=True, allow_nan=False, ensure_ascii=False, indent=indent, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    raise TypeError(f"cannot write a {type(value).__name__} as JSON")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

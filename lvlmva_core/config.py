@@ -1,0 +1,205 @@
+"""params.yaml as typed sections, one per stage; the only place that reads the file."""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lvlmva_core.errors import InputError
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+PALETTE_SIZE = 12  # colours that a region can be named by; lvlmva_core.render holds them
+
+
+class Section(BaseModel):
+    """A section of params.yaml: unknown keys and wrong types are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Compute(Section):
+    """Where tensors live, and on how many CPU threads: both change the last bits of results."""
+
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")]
+    threads: Count
+
+
+class Prepare(Section):
+    """Which dataset, and how it is split and decoyed."""
+
+    dataset: Literal["decoy_digits", "decoy_mnist"]
+    root: str | None
+    seed: Seed
+
+
+class Train(Section):
+    """Cross-entropy training of the base model."""
+
+    model: Literal["mlp"]
+    hidden: Count
+    learning_rate: Positive
+    batch_size: Count
+    epochs: Count
+    seed: Seed
+
+
+class Rank(Section):
+    """Which training samples are explained and corrected."""
+
+    strategy: Literal["low_entropy", "high_entropy", "random"]
+    n_samples: Count
+    stratify: bool
+    seed: Seed
+
+
+class Attribute(Section):
+    """Explanation maps of the alignment samples."""
+
+    method: Literal["deep_lift_shap"]
+    n_baselines: Count
+    batch_size: Count
+    completeness_tolerance: Positive
+    seed: Seed
+
+
+class Segment(Section):
+    """Regions of each explanation map."""
+
+    method: Literal["ppeps_wgm"]
+    n_regions: Annotated[int, Field(ge=1, le=PALETTE_SIZE)]
+    seed: Seed
+
+
+class Critique(Section):
+    """Who criticises the regions."""
+
+    critic: Literal["rules", "oracle"]
+    overlap: Annotated[str, Field(pattern=r"^(any|half_of_feature|majority_of_attribution)$")]
+    false_positive_rate: Share
+    false_negative_rate: Share
+    seed: Seed
+
+
+class Judge(Section):
+    """Who turns critiques into verdicts."""
+
+    judge: Literal["rules"]
+
+
+class Mask(Section):
+    """How verdicts become masks."""
+
+    max_failed_share: Share
+
+
+class Align(Section):
+    """RRR fine-tuning: λ belongs to inputs in [0, 1]."""
+
+    rrr_lambda: NonNegative
+    gamma: NonNegative
+    learning_rate: Positive
+    epochs: Count
+    alignment_batch: Count
+    training_batch: Count
+    seeds: Annotated[list[Seed], Field(min_length=1)]
+
+
+class Baseline(Section):
+    """One section per method that LVLM-VA is compared with; all train on LVLM-VA's batches and schedule."""
+
+    rrr_gt: Align
+    lambda_zero: Align
+    random_masks: Align
+
+    @model_validator(mode="after")
+    def _lambda_zero_is_zero(self) -> "Baseline":
+        if self.lambda_zero.rrr_lambda != 0:
+            raise ValueError("lambda_zero.rrr_lambda must be 0: it is the control without a penalty")
+        return self
+
+
+class Evaluate(Section):
+    """What the metrics count."""
+
+    overlap: Annotated[str, Field(pattern=r"^(any|half_of_feature|majority_of_attribution)$")]
+    attribution_samples: Count
+    seed: Seed
+
+
+class Report(Section):
+    """What the figures show."""
+
+    panel_samples: Annotated[int, Field(ge=8, le=64)]
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    compute: Compute
+    prepare: Prepare
+    train: Train
+    rank: Rank
+    attribute: Attribute
+    segment: Segment
+    critique: Critique
+    judge: Judge
+    mask: Mask
+    align: Align
+    baseline: Baseline
+    evaluate: Evaluate
+    report: Report
+
+
+def load_params(path: Path) -> Params:
+    """Read and check the whole of params.yaml, so that a mistake in any section is found by the first stage that runs.
+
+    YAML 1.2 as DVC reads it (there `1e-4` is a number).
+
+    Raises:
+        InputError: naming the first key that is unknown, missing or of the wrong type or range, and the remedy.
+    """
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); restore it with `git checkout {path}`") from error
+    except YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {error}") from error
+    try:
+        return Params.model_validate(content)
+    except ValidationError as error:
+        raise InputError(f"{path}: {_explain(error)}") from None
+
+
+def _explain(error: ValidationError) -> str:
+    """Say what the first error of a validation is, in one line that names the key and the remedy."""
+    first = error.errors(include_url=False, include_context=True)[0]
+    key = ".".join(str(part) for part in first["loc"]) or "the file"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        known = sorted(_fields_at(first["loc"][:-1]))
+        close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        remedy = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(known)}"
+        return f"unknown key '{key}'; {remedy}{more}"
+    if first["type"] == "missing":
+        return f"key '{key}' is missing; add it (see presets/ for a complete file){more}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"'{key}' = {first['input']!r}: {message[0].lower()}{message[1:]}{more}"
+
+
+def _fields_at(location: tuple[Any, ...]) -> list[str]:
+    model: Any = Params
+    for part in location:
+        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        if field is None:
+            return []
+        model = field.annotation
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
