@@ -1,0 +1,246 @@
+"""A content-addressed store: what was paid for or computed once, by the digest of what it came from.
+
+Records are files `<kind>/<first two digits>/<key>.<suffix>` below one folder. They are put if absent and never changed,
+expired or evicted; several processes may share a store. POSIX only (hard links and flock).
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lvlmva_core.errors import InputError
+
+log = logging.getLogger(__name__)
+
+ARRAYS_SCHEMA = 1
+HYDRATED = "hydrated"  # folder of marks: which committed outputs the store has already taken in
+_KEY = re.compile(r"[0-9a-f]{64}")
+_KIND = re.compile(r"[a-z][a-z0-9_]*")
+
+
+def canonical_json(content: Any) -> bytes:
+    """Bytes of JSON-able `content` that are the same for equal content: sorted keys, no blanks, UTF-8, no NaN."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+    return text.encode("utf-8")
+
+
+def digest(content: Any) -> str:
+    """sha256 (64 hex digits) over canonical JSON, in which each array stands as its dtype, shape and digest.
+
+    Args:
+        content: JSON-able, with numpy arrays and numpy scalars anywhere inside. Arrays of equal values but another
+            dtype or shape differ; tuples equal lists.
+    """
+    return hashlib.sha256(canonical_json(_plain(content))).hexdigest()
+
+
+def digest_array(array: np.ndarray) -> str:
+    """sha256 over dtype, shape and the values' bytes (row-major, little endian)."""
+    header, data = _encode_array(array)
+    return hashlib.sha256(canonical_json(header) + b"\n" + data).hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """sha256 of a file's bytes. Raises InputError where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+class Store:
+    """Records in a folder. A kind (`calls`, `attributions`, ...) is a subfolder, a key 64 hex digits."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def get_arrays(self, kind: str, key: str) -> dict[str, np.ndarray] | None:
+        """Arrays of a record, or None where there is none.
+
+        A record that does not match its own digest is set aside (`set_aside`), said so, and counts as absent: arrays
+        can be computed again.
+        """
+        content = self.get_bytes(kind, key, "arrays")
+        if content is None:
+            return None
+        try:
+            return _decode_arrays(content, kind, key)
+        except ValueError as error:
+            self.set_aside(kind, key, "arrays", str(error))
+            return None
+
+    def put_arrays(self, kind: str, key: str, arrays: Mapping[str, np.ndarray]) -> bool:
+        """Keep `arrays` under `key` unless it is there already; says whether it was new. Same arrays, same bytes."""
+        return self.put_bytes(kind, key, "arrays", _encode_arrays(arrays, kind, key))
+
+    def get_bytes(self, kind: str, key: str, suffix: str) -> bytes | None:
+        """Bytes of a record as they stand (verification is the caller's), or None where there is none."""
+        try:
+            return self.path(kind, key, suffix).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def put_bytes(self, kind: str, key: str, suffix: str, content: bytes) -> bool:
+        """Write a record durably unless it is there already: temporary file, fsync, hard link. Says whether it was new.
+
+        Raises:
+            InputError: the folder cannot be written, or its file system has no hard links.
+        """
+        path = self.path(kind, key, suffix)
+        temporary = path.with_name(f".{key}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return False
+            _sync_folder(path.parent)
+        except OSError as error:
+            remedy = "set LVLMVA_STORE to a folder that you may write"
+            if error.errno in (errno.EPERM, errno.ENOTSUP):
+                remedy = "its file system has no hard links; set LVLMVA_STORE to a folder on one that has"
+            raise InputError(f"{path}: the store cannot be written ({error.strerror}); {remedy}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+        return True
+
+    def set_aside(self, kind: str, key: str, suffix: str, reason: str) -> None:
+        """Rename a damaged record to `*.damaged`, say so, and forget which committed outputs were taken in.
+
+        The file is kept as evidence; the record counts as absent, and can come back from a committed output.
+        """
+        path = self.path(kind, key, suffix)
+        aside = path.with_name(path.name + ".damaged")
+        log.warning(f"warning: {path}: damaged record ({reason}); set aside as {aside.name}, counts as absent")
+        path.replace(aside)
+        shutil.rmtree(self.root / HYDRATED, ignore_errors=True)
+
+    def keys(self, kind: str, suffix: str) -> Iterator[str]:
+        """Keys of all records of a kind, sorted."""
+        for path in sorted((self.root / kind).glob(f"??/*.{suffix}")):
+            if _KEY.fullmatch(path.stem):
+                yield path.stem
+
+    def path(self, kind: str, key: str, suffix: str) -> Path:
+        """Where a record stands, whether it is there or not."""
+        return self._folder(kind, key) / f"{key}.{suffix}"
+
+    @contextmanager
+    def lock(self, kind: str, key: str) -> Iterator[None]:
+        """Hold the lock of a key against threads and processes; waits for it. A killed holder lets go of it."""
+        descriptor = None
+        while descriptor is None:
+            descriptor = self.acquire(kind, key, wait=True)
+        try:
+            yield
+        finally:
+            self.release(kind, key, descriptor)
+
+    def acquire(self, kind: str, key: str, *, wait: bool) -> int | None:
+        """Take the lock of a key once: a descriptor for `release`, or None where another holds it or just let go."""
+        path = self._lock_path(kind, key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            # the holder before us removed the file: a lock on a file without a name excludes nobody
+            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except (BlockingIOError, FileNotFoundError):
+            pass
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+        return None
+
+    def release(self, kind: str, key: str, descriptor: int) -> None:
+        """Let go of a lock that `acquire` gave."""
+        self._lock_path(kind, key).unlink(missing_ok=True)
+        os.close(descriptor)
+
+    def _folder(self, kind: str, key: str) -> Path:
+        if not _KIND.fullmatch(kind) or not _KEY.fullmatch(key):
+            raise ValueError(f"not a kind and a key of 64 hex digits: {kind!r}, {key!r}")
+        return self.root / kind / key[:2]
+
+    def _lock_path(self, kind: str, key: str) -> Path:
+        self._folder(kind, key)
+        return self.root / "locks" / f"{kind}-{key}"
+
+
+def _plain(content: Any) -> Any:
+    if isinstance(content, np.ndarray):
+        return {"ndarray": digest_array(content), "dtype": content.dtype.name, "shape": list(content.shape)}
+    if isinstance(content, np.generic):
+        return content.item()
+    if isinstance(content, Mapping):
+        return {key: _plain(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_plain(item) for item in content]
+    return content
+
+
+def _encode_array(array: np.ndarray) -> tuple[dict[str, Any], bytes]:
+    if array.dtype.hasobject:
+        raise TypeError("arrays of objects cannot be digested or stored")
+    little = np.asarray(array, dtype=array.dtype.newbyteorder("<"), order="C")
+    return {"dtype": little.dtype.str, "shape": list(array.shape)}, little.tobytes()
+
+
+def _encode_arrays(arrays: Mapping[str, np.ndarray], kind: str, key: str) -> bytes:
+    encoded = {name: _encode_array(arrays[name]) for name in sorted(arrays)}
+    header = {
+        "schema": ARRAYS_SCHEMA,
+        "kind": kind,
+        "key": key,
+        "arrays": [{"name": name, **fields} for name, (fields, _) in encoded.items()],
+    }
+    payload = b"".join(data for _, data in encoded.values())
+    body = canonical_json(header) + b"\n" + payload
+    return hashlib.sha256(body).hexdigest().encode() + b"\n" + body
+
+
+def _decode_arrays(content: bytes, kind: str, key: str) -> dict[str, np.ndarray]:
+    """Inverse of `_encode_arrays`. Raises ValueError where anything differs from what was written."""
+    stated, _, body = content.partition(b"\n")
+    if hashlib.sha256(body).hexdigest().encode() != stated:
+        raise ValueError("its bytes do not match its digest")
+    first, _, payload = body.partition(b"\n")
+    header = json.loads(first)
+    if (header["schema"], header["kind"], header["key"]) != (ARRAYS_SCHEMA, kind, key):
+        raise ValueError("it belongs to another key or version")
+    arrays, start = {}, 0
+    for fields in header["arrays"]:
+        dtype = np.dtype(fields["dtype"])
+        count = math.prod(fields["shape"])
+        array = np.frombuffer(payload, dtype, count, start).reshape(fields["shape"])
+        arrays[fields["name"]] = array.astype(dtype.newbyteorder("="))
+        start += count * dtype.itemsize
+    return arrays
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
