@@ -4,6 +4,7 @@ Records are files `<kind>/<first two digits>/<key>.<suffix>` below one folder. T
 expired or evicted; several processes may share a store. POSIX only (hard links and flock).
 """
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -15,7 +16,6 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,8 @@ class Store:
         path = self.path(kind, key, suffix)
         aside = path.with_name(path.name + ".damaged")
         log.warning(f"warning: {path}: damaged record ({reason}); set aside as {aside.name}, counts as absent")
-        path.replace(aside)
+        with contextlib.suppress(FileNotFoundError):  # another process was first
+            path.replace(aside)
         shutil.rmtree(self.root / HYDRATED, ignore_errors=True)
 
     def keys(self, kind: str, suffix: str) -> Iterator[str]:
@@ -143,7 +144,7 @@ class Store:
         """Where a record stands, whether it is there or not."""
         return self._folder(kind, key) / f"{key}.{suffix}"
 
-    @contextmanager
+    @contextlib.contextmanager
     def lock(self, kind: str, key: str) -> Iterator[None]:
         """Hold the lock of a key against threads and processes; waits for it. A killed holder lets go of it."""
         descriptor = None

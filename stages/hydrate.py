@@ -131,20 +131,19 @@ def _versions(project: Path, root: Path, out: str) -> Iterator[tuple[str, str, b
 
 
 def _lock_files(project: Path, root: Path) -> Iterator[tuple[str, str]]:
-    for folder in dict.fromkeys((root, project)):
+    head = _git(project, "rev-parse", "--verify", "--quiet", "HEAD").strip()
+    if head:
+        others = [name for name in _OTHER_HEADS if _git(project, "rev-parse", "--verify", "--quiet", name)]
+        # a merge that took one side drops the other from a simplified history, and with it what that side paid for
+        commits = _git(project, "rev-list", "--all", "--full-history", *others, "--", "dvc.lock").split()
+        for commit in dict.fromkeys([head, *commits]):
+            text = _git(project, "show", f"{commit}:./dvc.lock")
+            if text:
+                yield commit, text
+    for folder in dict.fromkeys((root, project)):  # last: a version that is committed as well can be fetched
         file = folder / "dvc.lock"
         if file.is_file():
             yield "", file.read_text(encoding="utf-8", errors="replace")
-    head = _git(project, "rev-parse", "--verify", "--quiet", "HEAD").strip()
-    if not head:
-        return
-    others = [name for name in _OTHER_HEADS if _git(project, "rev-parse", "--verify", "--quiet", name)]
-    # a merge that took one side drops the other from a simplified history, and with it what that side paid for
-    commits = _git(project, "rev-list", "--all", "--full-history", *others, "--", "dvc.lock").split()
-    for commit in dict.fromkeys([head, *commits]):
-        text = _git(project, "show", f"{commit}:./dvc.lock")
-        if text:
-            yield commit, text
 
 
 def _digest_in(lock_file: str, out: str) -> str | None:
@@ -212,7 +211,7 @@ def _from_remote(project: Path, out: str, commit: str, copy: Path) -> None:
         files.get(out, str(copy), recursive=True)
     except FileNotFoundError:
         raise
-    except Exception as error:  # noqa: BLE001 - each kind of remote raises errors of its own library
+    except Exception as error:  # each kind of remote raises errors of its own library
         reason = " ".join(str(error).split())[:200]
         raise UnhydratedError(f"DVC remote '{name}' cannot be reached ({reason}); mend it, {_OPT_OUT}") from error
     if not copy.exists():
