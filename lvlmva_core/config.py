@@ -111,14 +111,19 @@ class Align(Section):
 
 
 class Baseline(Section):
-    """One section per method that LVLM-VA is compared with; all train on LVLM-VA's batches and schedule."""
+    """The methods that LVLM-VA is compared with, which know what it does not: true masks or groups."""
 
     rrr_gt: Align
+
+
+class Control(Section):
+    """What LVLM-VA must beat to mean anything: more training without a penalty, and masks in random places."""
+
     lambda_zero: Align
     random_masks: Align
 
     @model_validator(mode="after")
-    def _lambda_zero_is_zero(self) -> "Baseline":
+    def _lambda_zero_is_zero(self) -> "Control":
         if self.lambda_zero.rrr_lambda != 0:
             raise ValueError("lambda_zero.rrr_lambda must be 0: it is the control without a penalty")
         return self
@@ -152,6 +157,7 @@ class Params(Section):
     mask: Mask
     align: Align
     baseline: Baseline
+    control: Control
     evaluate: Evaluate
     report: Report
 

@@ -12,9 +12,10 @@ from lvlmva_core.errors import InputError
 def run(stage: Callable[..., Any]) -> None:
     """Run `stage` as a command whose options are the function's parameters.
 
-    A user's mistake (InputError) is printed as one line, exit code 1; Ctrl-C exits with 130. Defects keep their traceback.
+    A user's mistake (InputError) is one line on stderr, exit code 1; Ctrl-C exits with 130; defects keep their traceback.
     """
-    name = stage.__module__ if stage.__module__ != "__main__" else (sys.modules["__main__"].__spec__ or stage).name  # type: ignore[union-attr]
+    spec = sys.modules["__main__"].__spec__
+    name = spec.name if spec else stage.__module__
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(help=stage.__doc__)(stage)
     try:

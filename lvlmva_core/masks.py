@@ -1,0 +1,166 @@
+"""Verdicts and segments to correction masks, with an expert's overrides (LVLM-VA §4.3, supplement A)."""
+
+import csv
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lvlmva_core.errors import InputError
+
+NO_REGION = 255
+VERDICTS = ("yes", "no", "unsure")
+OVERRIDE_COLUMNS = ["sample", "segmentation", "region", "verdict"]
+
+
+def assemble_mask(segments: Tensor, verdicts: Mapping[int, str]) -> Tensor:
+    """Mask of the regions that were judged "no": where the model's gradient is to vanish (LVLM-VA §4.3).
+
+    Args:
+        segments: (H, W) int, region of each pixel, 0..J-1; 255 = none.
+        verdicts: region -> "yes" (relevant) | "no" (spurious or irrelevant) | "unsure" (an expert's: masks nothing).
+
+    Returns:
+        (H, W) bool, True exactly on the pixels of regions judged "no".
+
+    Raises:
+        ValueError: a region that is present lacks a verdict, or a verdict is none of the three words.
+    """
+    if segments.ndim != 2 or segments.is_floating_point():
+        raise ValueError(f"segments must be (H, W) of integers, not {tuple(segments.shape)} {segments.dtype}")
+    mask = torch.zeros(segments.shape, dtype=torch.bool, device=segments.device)
+    for region in sorted(set(segments.unique().tolist()) - {NO_REGION}):
+        verdict = verdicts.get(region)
+        if verdict not in VERDICTS:
+            found = "no verdict" if verdict is None else f"verdict {verdict!r}"
+            raise ValueError(f"region {region} has {found}; expected one of {', '.join(VERDICTS)}")
+        if verdict == "no":
+            mask |= segments == region
+    return mask
+
+
+def segmentation_digest(segments: np.ndarray) -> str:
+    """sha256 (hex) of a label map, uint8 (H, W): overrides are tied to it, so that none lands on another region."""
+    array = np.ascontiguousarray(segments, dtype=np.uint8)
+    return hashlib.sha256(f"{array.shape}".encode() + array.tobytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Override:
+    """A verdict that an expert gave in place of the Judge's."""
+
+    sample: str
+    segmentation: str
+    region: int
+    verdict: str
+
+
+def read_overrides(path: Path) -> list[Override]:
+    """Read an expert's verdicts: a CSV file with the columns sample, segmentation, region, verdict.
+
+    Raises:
+        InputError: the header differs, or a row is malformed or doubled; the message names the line.
+    """
+    overrides: dict[tuple[str, str, int], Override] = {}
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if reader.fieldnames != OVERRIDE_COLUMNS:
+                raise InputError(f"{path}: the first line must be '{','.join(OVERRIDE_COLUMNS)}'")
+            for row in reader:
+                where = f"{path}, line {reader.line_num}"
+                if None in row or None in row.values():
+                    raise InputError(f"{where}: expected {len(OVERRIDE_COLUMNS)} values")
+                if row["verdict"] not in VERDICTS:
+                    raise InputError(f"{where}: verdict '{row['verdict']}' is none of {', '.join(VERDICTS)}")
+                if not row["region"].isdecimal():
+                    raise InputError(f"{where}: region '{row['region']}' is not a number")
+                override = Override(row["sample"], row["segmentation"], int(row["region"]), row["verdict"])
+                key = (override.sample, override.segmentation, override.region)
+                if key in overrides:
+                    raise InputError(f"{where}: second verdict for region {override.region} of '{override.sample}'")
+                overrides[key] = override
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; restore it with `git checkout {path}`") from error
+    return list(overrides.values())
+
+
+@dataclass(frozen=True)
+class MaskSet:
+    """Masks of the samples that can be used.
+
+    ids: samples, in the order of masks. masks: bool (n, H, W). left_out: sample -> reason. overridden: verdicts that
+    an expert changed. stale: overrides whose sample, segmentation or region is not there any more.
+    """
+
+    ids: list[str]
+    masks: np.ndarray
+    left_out: dict[str, str]
+    overridden: int
+    stale: list[Override]
+
+
+def assemble_masks(
+    ids: list[str],
+    segments: np.ndarray,
+    verdicts: Mapping[str, Mapping[int, str]],
+    failures: Mapping[str, str],
+    overrides: list[Override],
+) -> MaskSet:
+    """Masks of all samples, after overrides; a sample whose verdicts failed is left out with its reason.
+
+    Args:
+        ids: N samples. segments: uint8 (N, H, W).
+        verdicts: sample -> region -> "yes" | "no". failures: sample -> why it has no verdict.
+
+    Raises:
+        InputError: a sample has neither verdicts nor a failure, a region lacks a verdict, or no sample is left.
+    """
+    digests = {sample: segmentation_digest(label_map) for sample, label_map in zip(ids, segments, strict=True)}
+    stale = []
+    given: dict[str, dict[int, str]] = {}
+    for override in overrides:
+        fits = digests.get(override.sample) == override.segmentation
+        if fits and override.region in segments[ids.index(override.sample)]:
+            given.setdefault(override.sample, {})[override.region] = override.verdict
+        else:
+            stale.append(override)
+    usable, masks, left_out, overridden = [], [], dict(failures), 0
+    for sample, label_map in zip(ids, segments, strict=True):
+        regions = set(np.unique(label_map).tolist()) - {NO_REGION}
+        if not regions:
+            left_out.setdefault(sample, "no_region")
+        corrected = {**verdicts.get(sample, {}), **given.get(sample, {})}
+        if sample in left_out and not (regions and regions <= corrected.keys()):
+            continue
+        left_out.pop(sample, None)  # an expert may have judged what the model could not
+        if sample not in verdicts and sample not in given:
+            raise InputError(f"sample '{sample}' has neither verdicts nor a failure; rerun `dvc repro judge`")
+        try:
+            masks.append(assemble_mask(torch.from_numpy(label_map), corrected).numpy())
+        except ValueError as error:
+            raise InputError(f"sample '{sample}': {error}; rerun `dvc repro judge`") from error
+        usable.append(sample)
+        overridden += sum(verdicts.get(sample, {}).get(r) != v for r, v in given.get(sample, {}).items())
+    if not usable:
+        reasons = ", ".join(sorted(set(left_out.values())))
+        raise InputError(
+            f"no sample of the alignment set has verdicts ({reasons}); look at the segment and judge stages"
+        )
+    return MaskSet(usable, np.stack(masks), left_out, overridden, stale)
+
+
+def random_masks_like(masks: np.ndarray, seed: int) -> np.ndarray:
+    """Control: each mask shifted by a random offset, wrapping at the edges: the same area and form, another place.
+
+    Args:
+        masks: bool (N, H, W).
+    """
+    rng = np.random.default_rng(seed)
+    height, width = masks.shape[1:]
+    offsets = zip(rng.integers(0, height, len(masks)), rng.integers(0, width, len(masks)), strict=True)
+    return np.stack([np.roll(mask, offset, axis=(0, 1)) for mask, offset in zip(masks, offsets, strict=True)])

@@ -1,0 +1,71 @@
+"""Output entropy, and the choice of the alignment set (LVLM-VA §4.1)."""
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from lvlmva_core.errors import InputError
+
+
+def output_entropy(logits: Tensor) -> Tensor:
+    """Entropy of the softmax of each row: -sum_k p_k log p_k (LVLM-VA §4.1).
+
+    Args:
+        logits: (B, K), finite.
+
+    Returns:
+        (B,) float64 in nats, 0..log K. Log-probabilities are taken in float64: a confident model's entropies lie
+        below what float32 can tell from zero.
+
+    Raises:
+        ValueError: `logits` is not (B, K) or not finite.
+    """
+    if logits.ndim != 2:
+        raise ValueError(f"logits must be (B, K), not {tuple(logits.shape)}")
+    if not bool(torch.isfinite(logits).all()):
+        row = int((~torch.isfinite(logits)).any(dim=1).nonzero()[0])
+        raise ValueError(f"logits of row {row} are not finite")
+    log_p = torch.log_softmax(logits.double(), dim=1)
+    return -(log_p.exp() * log_p).sum(dim=1).clamp(max=0.0)
+
+
+def select_alignment_set(
+    candidates: pd.DataFrame, n_samples: int, strategy: str, *, stratify: bool, seed: int
+) -> pd.DataFrame:
+    """Choose N samples from the candidates.
+
+    Args:
+        candidates: columns id (str), entropy (float64, nats), label (int64), prediction (int64).
+        strategy: "low_entropy" | "high_entropy" (ties broken by id) | "random" (the prefix of one seeded permutation of
+            the ids, so that a smaller N is a subset of a larger one).
+        stratify: take the first N / K of each class in that order (the first classes get the remainder).
+
+    Returns:
+        The chosen rows sorted by id, with `rank` (int64, 0 = first by the strategy).
+
+    Raises:
+        InputError: N exceeds the candidates, or a class has too few for stratification.
+    """
+    if n_samples > len(candidates):
+        raise InputError(
+            f"rank.n_samples = {n_samples} is larger than the training set ({len(candidates)} samples); lower it"
+        )
+    table = candidates.sort_values("id", kind="stable", ignore_index=True)
+    if strategy == "random":
+        table = table.iloc[np.random.default_rng(seed).permutation(len(table))]
+    else:
+        table = table.sort_values("entropy", ascending=strategy == "low_entropy", kind="stable")
+    if stratify:
+        classes = sorted(table["label"].unique())
+        quota = {k: n_samples // len(classes) + (i < n_samples % len(classes)) for i, k in enumerate(classes)}
+        place = table.groupby("label").cumcount()
+        for k in classes:
+            if (available := int((table["label"] == k).sum())) < quota[k]:
+                raise InputError(
+                    f"rank.stratify: class {k} has {available} training samples, fewer than its share of "
+                    f"{quota[k]}; lower rank.n_samples"
+                )
+        table = table[place < table["label"].map(quota)]
+    chosen = table.head(n_samples).assign(rank=np.arange(n_samples, dtype=np.int64))
+    return chosen.sort_values("id", kind="stable", ignore_index=True)

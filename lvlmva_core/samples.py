@@ -1,0 +1,72 @@
+"""The prepared data: one row a sample in samples.parquet, and the rows of images.zarr beside it."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from lvlmva_core.arrays import read_array, read_attrs, read_table
+from lvlmva_core.errors import InputError
+
+COLUMNS = ["id", "split", "label", "spurious", "group", "source", "sha256"]
+
+
+def read_samples(path: Path) -> pd.DataFrame:
+    """Read samples.parquet: one row a sample, sorted by id, in the row order of images.zarr.
+
+    Columns: `id` (str, unique), `split` (str), `label` (int64, 0..K-1), `spurious` (bool: the spurious feature is in
+    the picture), `group` (str, "label/spurious"), `source` (str, where the raw image came from), `sha256` (str, of the
+    prepared pixels).
+
+    Raises:
+        InputError: a column is missing, or ids are doubled or unsorted.
+    """
+    samples = read_table(path, COLUMNS)
+    ids = samples["id"].to_numpy(dtype=str)
+    if not (ids[:-1] < ids[1:]).all():
+        raise InputError(f"{path}: sample ids must be unique and sorted; rerun `dvc repro prepare`")
+    return samples
+
+
+def rows_of_split(samples: pd.DataFrame, split: str) -> np.ndarray:
+    """Row numbers (int64, rising) of a split. Raises InputError where the data set has no such split."""
+    rows = np.flatnonzero(samples["split"].to_numpy() == split)
+    if not len(rows):
+        has = ", ".join(sorted(samples["split"].unique()))
+        raise InputError(f"the data set has no '{split}' split (it has: {has}); give it one in `prepare`")
+    return rows
+
+
+def rows_of_ids(samples: pd.DataFrame, ids: list[str]) -> np.ndarray:
+    """Row numbers (int64) of sample ids, in their order. Raises InputError naming the first id that is not there."""
+    ordered = samples["id"].to_numpy(dtype=str)
+    wanted = np.asarray(ids, dtype=str)
+    rows = np.minimum(np.searchsorted(ordered, wanted), len(ordered) - 1)
+    absent = wanted[ordered[rows] != wanted]
+    if len(absent):
+        raise InputError(f"sample '{absent[0]}' is not in samples.parquet; rerun `dvc repro` so that the stages agree")
+    return rows
+
+
+def read_images(path: Path, rows: np.ndarray) -> np.ndarray:
+    """Read pictures by row: uint8 (N, C, H, W), 0..255."""
+    return read_array(path, "images", rows)
+
+
+def read_spurious_masks(path: Path, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Read true spurious masks by row.
+
+    Returns:
+        (masks, known): bool (N, H, W), True where the spurious feature lies; bool (N,), False where nobody knows.
+    """
+    return read_array(path, "spurious_masks", rows), read_array(path, "known", rows)
+
+
+def read_class_names(path: Path) -> list[str]:
+    """Names of the classes 0..K-1, from the attributes of images.zarr."""
+    return list(read_attrs(path)["class_names"])
+
+
+def to_unit_range(images: np.ndarray) -> np.ndarray:
+    """uint8 0..255 to float32 in [0, 1]: the scale that gradients, attributions and λ refer to (LVLM-VA §3)."""
+    return images.astype(np.float32) / np.float32(255)

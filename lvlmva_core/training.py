@@ -1,0 +1,100 @@
+"""Cross-entropy training, and the order in which samples are drawn."""
+
+from collections.abc import Iterator
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lvlmva_core.errors import InputError
+from lvlmva_core.models import predict_logits
+from lvlmva_core.progress import track
+
+
+def set_up_compute(device: str, threads: int) -> torch.device:
+    """Fix the CPU threads, flush denormals (they slow a high-λ step tenfold), and return the device.
+
+    Raises:
+        InputError: a CUDA device is asked for where there is none.
+    """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"compute.device: no CUDA device for '{device}' on this machine; set it to cpu")
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    return torch.device(device)
+
+
+def epoch_batches(n_samples: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """One pass over the samples in random order: row numbers (int64); the last batch may be shorter."""
+    yield from torch.randperm(n_samples, generator=generator).split(batch_size)
+
+
+def endless_batches(n_samples: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """An endless stream of full batches of row numbers, reshuffled at each pass (LVLM-VA §4.4).
+
+    Passes run on into one another, so that every sample is drawn equally often whatever the length of an epoch.
+    """
+    pool = torch.empty(0, dtype=torch.int64)
+    while True:
+        while len(pool) < batch_size:
+            pool = torch.cat([pool, torch.randperm(n_samples, generator=generator)])
+        yield pool[:batch_size]
+        pool = pool[batch_size:]
+
+
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Share of images (N, C, H, W) whose highest logit is that of their label (N,)."""
+    predictions = predict_logits(model, images).argmax(1)
+    return float((predictions == labels.to(predictions.device)).double().mean())
+
+
+def train_classifier(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    val_images: Tensor,
+    val_labels: Tensor,
+    *,
+    learning_rate: float,
+    batch_size: int,
+    epochs: int,
+    seed: int,
+) -> pd.DataFrame:
+    """Train `model` in place with cross-entropy and Adam; the model is left in eval mode.
+
+    Args:
+        images: float32 (N, C, H, W) in [0, 1], on the model's device. labels: int64 (N,).
+
+    Returns:
+        The training curve, one row an epoch: epoch (from 1), loss (mean over samples), train_accuracy, val_accuracy.
+
+    Raises:
+        InputError: the loss stops being finite.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
+    curve = []
+    for epoch in track(range(1, epochs + 1), "train"):
+        model.train()
+        total = 0.0
+        for rows in epoch_batches(len(images), batch_size, generator):
+            loss = functional.cross_entropy(model(images[rows]), labels[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += float(loss.detach()) * len(rows)
+        if not total < float("inf"):
+            raise InputError(f"the training loss is not finite in epoch {epoch}; lower train.learning_rate")
+        model.eval()
+        curve.append(
+            {
+                "epoch": epoch,
+                "loss": total / len(images),
+                "train_accuracy": accuracy(model, images, labels),
+                "val_accuracy": accuracy(model, val_images, val_labels),
+            }
+        )
+    return pd.DataFrame(curve)

@@ -1,0 +1,68 @@
+"""Stage mask: verdicts, segments and overrides to correction masks."""
+
+import json
+from pathlib import Path
+
+import typer
+
+from lvlmva_core.arrays import read_array, read_attrs, write_arrays, write_json
+from lvlmva_core.config import load_params
+from lvlmva_core.errors import InputError
+from lvlmva_core.masks import assemble_masks, read_overrides, segmentation_digest
+from stages.entry import run
+
+
+def mask(params: Path, segments: Path, verdicts: Path, overrides: Path, out: Path, metrics: Path) -> None:
+    """Mask the regions that were judged spurious or irrelevant."""
+    config = load_params(params).mask
+    label_maps, attrs = read_array(segments, "segments"), read_attrs(segments)
+    ids = list(attrs["ids"])
+    digests = {sample: segmentation_digest(label_map) for sample, label_map in zip(ids, label_maps, strict=True)}
+    given, failures, judges = {}, {}, set()
+    for number, line in enumerate(verdicts.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            sample, failure = record["sample"], record["failure"]
+            regions = {entry["region"]: entry["verdict"] for entry in record["verdicts"]}
+            judges.add((record["critic"], record["judge"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{verdicts}, line {number}: not a verdict record ({error}); rerun `dvc repro judge`"
+            ) from error
+        if failure is None and record["segmentation"] != digests.get(sample):
+            raise InputError(
+                f"{verdicts}, line {number}: verdicts for another segmentation; rerun `dvc repro critique`"
+            )
+        if failure is None:
+            given[sample] = regions
+        else:
+            failures[sample] = failure
+    no_region = {s: status for s, status in zip(ids, attrs["status"], strict=True) if status != "ok" and s not in given}
+    result = assemble_masks(ids, label_maps, given, {**no_region, **failures}, read_overrides(overrides))
+    for override in result.stale:
+        typer.echo(
+            f"stale override: {overrides}: region {override.region} of '{override.sample}' is of another segmentation; "
+            "review it again or delete the row",
+            err=True,
+        )
+    if len(result.left_out) > config.max_failed_share * len(ids):
+        raise InputError(
+            f"{len(result.left_out)} of {len(ids)} samples have no verdicts, more than mask.max_failed_share = "
+            f"{config.max_failed_share}; first: {next(iter(sorted(result.left_out.items())))}"
+        )
+    write_arrays(out, {"masks": result.masks}, {"ids": result.ids, "left_out": result.left_out})
+    summary = {
+        "critic": sorted(critic for critic, _ in judges),
+        "judge": sorted(judge for _, judge in judges),
+        "samples": len(result.ids),
+        "samples_left_out": len(result.left_out),
+        "samples_masked": int(result.masks.any(axis=(1, 2)).sum()),
+        "mean_masked_area": float(result.masks.mean()),
+        "verdicts_overridden": result.overridden,
+        "stale_overrides": len(result.stale),
+    }
+    write_json(metrics, {"mask": summary})
+
+
+if __name__ == "__main__":
+    run(mask)

@@ -1,0 +1,25 @@
+"""Stage prepare: raw data to one table and arrays."""
+
+from pathlib import Path
+
+from lvlmva_core.arrays import write_arrays, write_table
+from lvlmva_core.config import load_params
+from lvlmva_core.datasets import prepare_dataset
+from stages.entry import run
+
+
+def prepare(params: Path, images: Path, samples: Path, spurious_masks: Path) -> None:
+    """Decode, decoy and split the data set that params name."""
+    dataset = prepare_dataset(load_params(params).prepare)
+    attrs = {
+        "dataset": dataset.name,
+        "class_names": dataset.class_names,
+        "spurious_feature": dataset.spurious_feature,
+    }
+    write_arrays(images, {"images": dataset.images}, attrs)
+    write_arrays(spurious_masks, {"spurious_masks": dataset.spurious_masks, "known": dataset.known}, attrs)
+    write_table(samples, dataset.samples)
+
+
+if __name__ == "__main__":
+    run(prepare)

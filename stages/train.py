@@ -1,0 +1,42 @@
+"""Stage train: the base model."""
+
+from pathlib import Path
+
+from lvlmva_core.arrays import write_json
+from lvlmva_core.config import load_params
+from lvlmva_core.models import ModelSpec, build_model, save_checkpoint
+from lvlmva_core.samples import read_class_names, read_samples
+from lvlmva_core.training import set_up_compute, train_classifier
+from stages.data import split_tensors
+from stages.entry import run
+
+
+def train(params: Path, images: Path, samples: Path, out: Path, metrics: Path, curve: Path) -> None:
+    """Train the base model with cross-entropy."""
+    loaded = load_params(params)
+    config = loaded.train
+    device = set_up_compute(loaded.compute.device, loaded.compute.threads)
+    table = read_samples(samples)
+    pixels, labels, _ = split_tensors(images, table, "train", device)
+    val_pixels, val_labels, _ = split_tensors(images, table, "val", device)
+    spec = ModelSpec(config.model, *pixels.shape[1:], n_classes=len(read_class_names(images)), hidden=config.hidden)
+    model = build_model(spec, config.seed).to(device)
+    history = train_classifier(
+        model,
+        pixels,
+        labels,
+        val_pixels,
+        val_labels,
+        learning_rate=config.learning_rate,
+        batch_size=config.batch_size,
+        epochs=config.epochs,
+        seed=config.seed,
+    )
+    save_checkpoint(out, spec, model)
+    curve.parent.mkdir(parents=True, exist_ok=True)
+    history.to_csv(curve, index=False)
+    write_json(metrics, {"train": history.iloc[-1].drop("epoch").to_dict()})
+
+
+if __name__ == "__main__":
+    run(train)
