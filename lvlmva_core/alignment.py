@@ -1,4 +1,4 @@
-"""RRR fine-tuning: cross-entropy plus a penalty on input gradients inside the masks (LVLM-VA §4.4; Ross et al. 2017)."""
+"""RRR fine-tuning: cross-entropy plus a penalty on input gradients inside masks (LVLM-VA §4.4; Ross et al. 2017)."""
 
 import math
 from collections.abc import Iterator

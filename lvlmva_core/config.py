@@ -71,9 +71,21 @@ class Attribute(Section):
 class Segment(Section):
     """Regions of each explanation map."""
 
-    method: Literal["ppeps_wgm"]
+    method: Literal["ppeps_wgm", "sam", "slic", "grid"]
     n_regions: Annotated[int, Field(ge=1, le=PALETTE_SIZE)]
+    choose: Literal["fixed", "bic", "held_out"]
+    n_starts: Count
+    n_superpixels: Count
+    sam_checkpoint: str | None
     seed: Seed
+
+    @model_validator(mode="after")
+    def _method_has_what_it_needs(self) -> "Segment":
+        if self.method == "sam" and self.sam_checkpoint is None:
+            raise ValueError("segment.method 'sam' needs sam_checkpoint: a folder with a SAM in transformers' format")
+        if self.method != "ppeps_wgm" and self.choose != "fixed":
+            raise ValueError("segment.choose must be fixed: only ppeps_wgm has a likelihood to choose by")
+        return self
 
 
 class Critique(Section):

@@ -12,7 +12,7 @@ from lvlmva_core.errors import InputError
 def run(stage: Callable[..., Any]) -> None:
     """Run `stage` as a command whose options are the function's parameters.
 
-    A user's mistake (InputError) is one line on stderr, exit code 1; Ctrl-C exits with 130; defects keep their traceback.
+    A user's mistake (InputError) is one line on stderr, exit code 1; Ctrl-C exits with 130.
     """
     spec = sys.modules["__main__"].__spec__
     name = spec.name if spec else stage.__module__

@@ -63,7 +63,8 @@ def add_decoys(digits: np.ndarray, shades: np.ndarray, corners: np.ndarray) -> t
     """Lay a square over one corner of each picture.
 
     Args:
-        digits: uint8 (N, H, W). shades: uint8 (N,). corners: (N,), 0..3 = top left, top right, bottom left, bottom right.
+        digits: uint8 (N, H, W). shades: uint8 (N,).
+        corners: (N,), 0..3 = top left, top right, bottom left, bottom right.
 
     Returns:
         (pictures, masks): uint8 (N, H, W) with decoys; bool (N, H, W), True on the decoy.

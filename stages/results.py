@@ -1,0 +1,71 @@
+"""The outcome as a table on the terminal: `python -m stages.results`."""
+
+from pathlib import Path
+from typing import Any
+
+from lvlmva_core.arrays import read_json
+from stages.entry import run
+
+STAND_INS = ("rules", "oracle", "replay")
+NAMES = {
+    "base": "base model",
+    "lambda_zero": "control: λ = 0",
+    "random_masks": "control: random masks",
+    "lvlm_va": "LVLM-VA",
+    "rrr_gt": "RRR with true masks (bound)",
+}
+HEADINGS = {
+    "accuracy": "accuracy",
+    "aga": "AGA",
+    "wga": "WGA",
+    "mu_align": "μ_align",
+}
+
+
+def judged_by(content: dict[str, Any]) -> str:
+    """Who criticised and judged, in words that no stand-in can be mistaken in."""
+    critics = ", ".join(_named(name) for name in content["verdicts"]["critic"])
+    judges = ", ".join(_named(name) for name in content["verdicts"]["judge"])
+    return f"critic: {critics}; judge: {judges}"
+
+
+def before_and_after(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Column names and rows of the table of methods, from the content of metrics/evaluate.json."""
+    extra = sorted(
+        {split for measured in content["methods"].values() for split in measured if split.startswith("test_")}
+    )
+    columns = ["", *HEADINGS.values(), *(f"accuracy, {split.removeprefix('test_')}" for split in extra)]
+    rows = []
+    for method, name in NAMES.items():
+        if (measured := content["methods"].get(method)) is None:
+            continue
+        values = [measured["test"][metric] for metric in HEADINGS] + [measured[split]["accuracy"] for split in extra]
+        rows.append([name, *(_number(value) for value in values)])
+    return columns, rows
+
+
+def results(evaluation: Path = Path("metrics/evaluate.json")) -> None:
+    """Print the table of methods before and after alignment."""
+    from rich.console import Console
+    from rich.table import Table
+
+    content = read_json(evaluation)
+    columns, rows = before_and_after(content)
+    table = Table(title="Before and after, test split", caption=judged_by(content))
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _named(name: str) -> str:
+    return f"{name} (a stand-in, not a vision-language model)" if name in STAND_INS else name
+
+
+def _number(value: float | dict[str, float]) -> str:
+    return f"{value['mean']:.3f} ± {value['std']:.3f}" if isinstance(value, dict) else f"{value:.3f}"
+
+
+if __name__ == "__main__":
+    run(results)
