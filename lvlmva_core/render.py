@@ -1,0 +1,132 @@
+"""Pictures of images and regions as the Critic and people see them; numpy and Pillow only."""
+
+import io
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from lvlmva_core.config import PALETTE_SIZE
+
+NO_REGION = 255
+SMALLEST_SIDE = 224  # pixels; what is smaller is enlarged before it is shown
+
+
+class Colour(NamedTuple):
+    """A region's colour: the name that the Critic and the Judge use, and its sRGB value 0..255."""
+
+    name: str
+    rgb: tuple[int, int, int]
+
+
+PALETTE = (
+    Colour("red", (220, 30, 30)),
+    Colour("blue", (30, 60, 220)),
+    Colour("yellow", (250, 230, 40)),
+    Colour("green", (20, 140, 40)),
+    Colour("white", (255, 255, 255)),
+    Colour("black", (0, 0, 0)),
+    Colour("cyan", (60, 220, 240)),
+    Colour("purple", (120, 20, 140)),
+    Colour("orange", (250, 140, 20)),
+    Colour("pink", (250, 160, 200)),
+    Colour("brown", (120, 70, 30)),
+    Colour("grey", (130, 130, 130)),
+)
+COLOUR_NAMES = tuple(colour.name for colour in PALETTE)
+
+
+def regions_present(segments: np.ndarray) -> list[int]:
+    """Regions that own a pixel of `segments` (H, W; 255 = none), rising. Only these are shown and asked about."""
+    return [int(region) for region in np.unique(segments) if region != NO_REGION]
+
+
+def enlarge(image: np.ndarray, minimum: int = SMALLEST_SIDE) -> np.ndarray:
+    """Repeat the pixels of an (H, W, ...) array by the least whole factor that makes its shorter side >= `minimum`."""
+    factor = -(-minimum // min(image.shape[:2]))
+    return image.repeat(factor, axis=0).repeat(factor, axis=1) if factor > 1 else image
+
+
+def render_image(image: np.ndarray) -> np.ndarray:
+    """Picture (a): the image itself, enlarged. uint8 (C, H, W) with C in {1, 3}, or (H, W) -> uint8 (H', W', 3)."""
+    return enlarge(_as_rgb(image))
+
+
+def render_segmentation(segments: np.ndarray, n_regions: int = PALETTE_SIZE) -> np.ndarray:
+    """Picture (b): the regions as flat colours with outlines. uint8 (H, W) -> uint8 (H', W', 3)."""
+    large = enlarge(_checked(segments, n_regions))
+    return _draw_outlines(_colours(large), large)
+
+
+def render_overlay(
+    image: np.ndarray, segments: np.ndarray, n_regions: int = PALETTE_SIZE, opacity: float = 0.4
+) -> np.ndarray:
+    """Picture (c): the regions' colours over the greyed image, enlarged: uint8 (H', W', 3).
+
+    image: uint8 (C, H, W) with C in {1, 3}, or (H, W). segments: uint8 (H, W). opacity: of the colours, 0..1.
+    """
+    rgb = _as_rgb(image)
+    if rgb.shape[:2] != segments.shape:
+        raise ValueError(f"image {rgb.shape[:2]} and segments {segments.shape} must have the same height and width")
+    large = enlarge(_checked(segments, n_regions))
+    grey = enlarge(rgb).astype(np.float64) @ np.array([0.299, 0.587, 0.114])
+    inside = (large != NO_REGION)[..., None]
+    mixed = (1 - opacity) * grey[..., None] + opacity * _colours(large)
+    blended = np.where(inside, mixed, grey[..., None])
+    return _draw_outlines(np.rint(blended).astype(np.uint8), large)
+
+
+def to_png(picture: np.ndarray) -> bytes:
+    """uint8 (H, W, 3) -> PNG bytes without metadata, the same for the same picture and Pillow."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture, mode=None).save(buffer, format="PNG", compress_level=6)
+    return buffer.getvalue()
+
+
+def _as_rgb(image: np.ndarray) -> np.ndarray:
+    if image.dtype != np.uint8:
+        raise ValueError(f"image must be uint8, not {image.dtype}")
+    channels_last = image[..., None] if image.ndim == 2 else np.moveaxis(image, 0, -1)
+    if channels_last.ndim != 3 or channels_last.shape[2] not in (1, 3):
+        raise ValueError(f"image must be (H, W), (1, H, W) or (3, H, W), not {image.shape}")
+    return np.ascontiguousarray(np.broadcast_to(channels_last, (*channels_last.shape[:2], 3)))
+
+
+def _checked(segments: np.ndarray, n_regions: int) -> np.ndarray:
+    if not 1 <= n_regions <= PALETTE_SIZE:
+        raise ValueError(f"n_regions = {n_regions}: there are {PALETTE_SIZE} colours")
+    if segments.ndim != 2 or segments.dtype != np.uint8:
+        raise ValueError(f"segments must be uint8 (H, W), not {segments.dtype} {segments.shape}")
+    present = regions_present(segments)
+    if present and present[-1] >= n_regions:
+        raise ValueError(f"segments hold region {present[-1]}, but n_regions = {n_regions}")
+    return segments
+
+
+def _colours(segments: np.ndarray) -> np.ndarray:
+    table = np.full((256, 3), 128, dtype=np.uint8)
+    table[:PALETTE_SIZE] = [colour.rgb for colour in PALETTE]
+    colours: np.ndarray = table[segments]
+    return colours
+
+
+def _draw_outlines(picture: np.ndarray, segments: np.ndarray) -> np.ndarray:
+    """White lines with black edges between regions: visible on any two colours, and after JPEG and down-scaling."""
+    width = max(1, round(min(segments.shape) / 112))
+    edge = np.zeros(segments.shape, dtype=bool)
+    edge[:-1] |= segments[:-1] != segments[1:]
+    edge[:, :-1] |= segments[:, :-1] != segments[:, 1:]
+    result = picture.copy()
+    result[_grown(edge, width)] = 0
+    result[_grown(edge, width // 2)] = 255
+    return result
+
+
+def _grown(mask: np.ndarray, radius: int) -> np.ndarray:
+    padded = np.pad(mask, radius)
+    height, width = mask.shape
+    grown = np.zeros_like(mask)
+    for i in range(2 * radius + 1):
+        for k in range(2 * radius + 1):
+            grown |= padded[i : i + height, k : k + width]
+    return grown

@@ -1,0 +1,239 @@
+"""Weighted Gaussian mixtures over the pixels of attribution maps (PPEPS-WGM, LVLM-VA §4.2)."""
+
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lvlmva_core.segmentation import em
+
+METHOD_VERSION = 1  # to be raised with any change that can move a pixel to another region
+
+NO_REGION = 255  # label of every pixel of a map without weight
+COARSEST = 28  # grids are halved while their longer side has more cells than this
+CELLS_PER_COMPONENT = 8  # starts are compared on the coarsest grid that has this many cells with weight per component
+DEVICE_PIXELS = 2**29  # pixels x components that are held at once on a device other than the CPU
+
+
+@dataclass(frozen=True)
+class WeightedGMM:
+    """Mixtures fitted to B maps of H x W pixels, the floating-point fields in the dtype and on the device of the maps.
+
+    Coordinates are (row, column) in [0, 1]: the centre of pixel (i, k) lies at ((i + 1/2) / H, (k + 1/2) / W).
+
+    Attributes:
+        weights: (B, J), falling: the share of the map's weight that each component explains; 0 for empty components.
+        means: (B, J, 2).
+        covariances: (B, J, 2, 2); measured in squared pixels, their eigenvalues are at least 1/12.
+        log_likelihood: (B,), sum(w log p) / sum(w) in nats; 0 for a map without weight.
+        labels: (B, H, W) uint8, the component of the largest responsibility at each pixel; 255 in a map without weight.
+        status: per map "ok"; "no_positive_effect" (every weight is zero); "too_few_pixels" (fewer pixels have weight
+            than there are components: each gets a component of its own, the others stay empty); "collapsed" (a
+            component lost its weight during EM and is empty).
+    """
+
+    weights: Tensor
+    means: Tensor
+    covariances: Tensor
+    log_likelihood: Tensor
+    labels: Tensor
+    status: list[str]
+
+
+def fit_weighted_gmm(
+    weights: Tensor | np.ndarray,
+    n_components: int,
+    *,
+    seed: int = 0,
+    init: tuple[Tensor, Tensor, Tensor] | None = None,
+    n_starts: int = 8,
+    tolerance: float = 1e-7,
+    max_iterations: int = 5000,
+    names: Sequence[str] | None = None,
+) -> WeightedGMM:
+    """Fit J full-covariance Gaussians to each weight map by weighted maximum likelihood (LVLM-VA §4.2).
+
+    Starts are drawn by weighted k-means++ and compared on a coarse grid; the best goes through ever finer grids to full
+    resolution. The random numbers depend on the seed alone and index each map's own distribution, so that neither the
+    batch nor the scale of a map matters. On the CPU each map is fitted by itself on a single thread, as many maps at a
+    time as torch has threads: bit for bit the same in any batch and with any number of threads. On other devices maps
+    are fitted together, and the kernels' choice of summation order may depend on the batch.
+
+    Args:
+        weights: (B, H, W), finite and >= 0. float32 or float64 is the precision of the responsibilities; sums over
+            pixels are taken in float64 in either case.
+        n_components: J, 1 to 254.
+        seed: of the starts.
+        init: (weights (B, J), means (B, J, 2), covariances (B, J, 2, 2)) as in the result, to run plain EM at full
+            resolution from there, without starts of its own.
+        n_starts: how many starts are compared.
+        tolerance: EM ends for a map when a step gains less than this, in nats per unit of weight.
+        max_iterations: limit on the EM steps on each grid.
+        names: what errors call the maps; "map 0", "map 1", ... by default.
+
+    Raises:
+        ValueError: a weight is negative or not finite (the map is named), or an argument is out of its range.
+    """
+    maps = _checked_maps(weights, names)
+    if not 1 <= n_components < NO_REGION:
+        raise ValueError(f"n_components = {n_components}: choose 1 to {NO_REGION - 1}")
+    if n_starts < 1 or max_iterations < 1 or not tolerance > 0:
+        raise ValueError("n_starts and max_iterations must be at least 1 and tolerance must be above 0")
+    start = None if init is None else _checked_init(init, maps, n_components)
+    uniforms = torch.rand(
+        n_starts, n_components, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(maps.device)
+    settings = _Settings(n_components, uniforms, tolerance, max_iterations)
+    size = 1 if maps.device.type == "cpu" else max(1, DEVICE_PIXELS // (maps[0].numel() * n_components))
+    chunks = torch.split(maps, size)
+    starts = [None] * len(chunks) if start is None else list(torch.split(start, size))
+    with _workers(maps.device) as pool:
+        parts = list(pool.map(partial(_fit_chunk, settings=settings), chunks, starts))
+    return WeightedGMM(
+        weights=torch.cat([part.weights for part in parts]),
+        means=torch.cat([part.means for part in parts]),
+        covariances=torch.cat([part.covariances for part in parts]),
+        log_likelihood=torch.cat([part.log_likelihood for part in parts]),
+        labels=torch.cat([part.labels for part in parts]),
+        status=[status for part in parts for status in part.status],
+    )
+
+
+@dataclass(frozen=True)
+class _Settings:
+    n_components: int
+    uniforms: Tensor  # (R, J) in [0, 1)
+    tolerance: float
+    max_iterations: int
+
+
+@contextmanager
+def _workers(device: torch.device) -> Iterator[ThreadPoolExecutor]:
+    """A pool with a worker per CPU thread of torch, each computing on one thread; one worker for other devices."""
+    n_threads = torch.get_num_threads()
+    on_cpu = device.type == "cpu"
+    try:
+        with ThreadPoolExecutor(n_threads if on_cpu else 1, initializer=_use_one_thread if on_cpu else None) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(n_threads)  # torch hands the last number set to the threads that start later
+
+
+def _use_one_thread() -> None:
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # of this thread alone: responsibilities below 1e-38 are slow and do not matter
+
+
+def _checked_maps(weights: Tensor | np.ndarray, names: Sequence[str] | None) -> Tensor:
+    maps = torch.as_tensor(weights).detach()
+    if maps.dtype not in (torch.float32, torch.float64):
+        maps = maps.float() if maps.is_floating_point() else maps.double()
+    if maps.ndim != 3 or 0 in maps.shape[1:]:
+        raise ValueError(f"weights must be (B, H, W), not {tuple(maps.shape)}")
+    bad = (~(torch.isfinite(maps) & (maps >= 0))).flatten(1).any(1).nonzero().flatten().tolist()
+    if bad:
+        name = f"map {bad[0]}" if names is None else names[bad[0]]
+        more = f" ({len(bad)} such maps)" if len(bad) > 1 else ""
+        raise ValueError(f"{name}: weights must be finite and at least 0{more}; clip attributions at 0 before")
+    return maps
+
+
+def _checked_init(init: tuple[Tensor, Tensor, Tensor], maps: Tensor, n_components: int) -> Tensor:
+    """Sufficient statistics (B, J, 6) of parameters that the caller gave."""
+    shape = (len(maps), n_components)
+    shares, means, covariances = (torch.as_tensor(part, dtype=torch.float64, device=maps.device) for part in init)
+    if shares.shape != shape or means.shape != (*shape, 2) or covariances.shape != (*shape, 2, 2):
+        raise ValueError(
+            f"init must be weights {shape}, means {(*shape, 2)}, covariances {(*shape, 2, 2)}, "
+            f"not {tuple(shares.shape)}, {tuple(means.shape)}, {tuple(covariances.shape)}"
+        )
+    if not all(bool(torch.isfinite(part).all()) for part in (shares, means, covariances)):
+        raise ValueError("init must be finite")
+    if bool((shares < 0).any()) or bool((shares.sum(1) <= 0).any()):
+        raise ValueError("init: weights must be at least 0, and not all 0 in a map")
+    if bool((torch.linalg.eigvalsh(covariances) <= 0).any()):
+        raise ValueError("init: covariances must be positive definite")
+    size = torch.tensor(maps.shape[1:], dtype=torch.float64, device=maps.device)
+    scaled = covariances * size[:, None] * size
+    triple = torch.stack([scaled[..., 0, 0], (scaled[..., 0, 1] + scaled[..., 1, 0]) / 2, scaled[..., 1, 1]], dim=-1)
+    return em.statistics_of(shares / shares.sum(1, keepdim=True), means * size - size / 2, triple)
+
+
+@torch.inference_mode()
+def _fit_chunk(maps: Tensor, start: Tensor | None, settings: _Settings) -> WeightedGMM:
+    moments = em.pixel_moments(maps)
+    n_pixels = (moments[..., 0] > 0).flatten(1).sum(1)
+    few = (n_pixels > 0) & (n_pixels < settings.n_components)
+    enough = n_pixels >= settings.n_components
+    statistics = torch.zeros(len(maps), settings.n_components, 6, dtype=torch.float64, device=maps.device)
+    if bool(few.any()):
+        pixels = em.points_with_weight(moments[few], maps.dtype, cells=False).moments
+        statistics[few, : pixels.shape[1]] = pixels
+    if bool(enough.any()):
+        if start is None:
+            statistics[enough] = _from_coarse_to_fine(moments[enough], maps.dtype, settings)
+        else:
+            points = em.points_with_weight(moments[enough], maps.dtype, cells=False)
+            fitted, _ = em.maximise(points, start[enough][:, None], settings.tolerance, settings.max_iterations)
+            statistics[enough] = fitted[:, 0]
+    empty = (em.parameters(statistics[:, None])[0][:, 0] == 0).any(1)
+    status = ["collapsed" if e else "ok" for e in empty.tolist()]
+    for kind, maps_of_kind in (("too_few_pixels", few), ("no_positive_effect", n_pixels == 0)):
+        for n in maps_of_kind.nonzero().flatten().tolist():
+            status[n] = kind
+    return _describe(maps, moments[..., 0], statistics, status)
+
+
+def _from_coarse_to_fine(moments: Tensor, dtype: torch.dtype, settings: _Settings) -> Tensor:
+    """Fit (G, H, W, 6) moments of pixels: starts on the coarsest grid, the best of them on each finer one."""
+    grids = [moments]
+    while max(grids[-1].shape[1:3]) > COARSEST:
+        grids.append(em.halve(grids[-1]))
+    wanted = CELLS_PER_COMPONENT * settings.n_components
+    level = torch.zeros(len(moments), dtype=torch.int64, device=moments.device)
+    for k, grid in enumerate(grids):
+        level[(grid[..., 0] > 0).flatten(1).sum(1) >= wanted] = k
+    result = torch.empty(len(moments), settings.n_components, 6, dtype=torch.float64, device=moments.device)
+    for top in sorted(set(level.tolist())):
+        rows = level == top
+        statistics = torch.empty(0)
+        for k in range(top, -1, -1):
+            points = em.points_with_weight(grids[k][rows], dtype, cells=k > 0)
+            if k == top:
+                statistics = em.spread_starts(points, settings.uniforms)
+            statistics, likelihood = em.maximise(points, statistics, settings.tolerance, settings.max_iterations)
+            best = likelihood.argmax(1)
+            statistics = statistics[torch.arange(len(best), device=best.device), best][:, None]
+        result[rows] = statistics[:, 0]
+    return result
+
+
+def _describe(maps: Tensor, pixel_weights: Tensor, statistics: Tensor, status: list[str]) -> WeightedGMM:
+    """The result for given statistics (G, J, 6): components by falling share, density and labels in float64."""
+    n_maps, height, width = maps.shape
+    order = statistics[..., 0].argsort(dim=1, descending=True, stable=True)
+    statistics = statistics.gather(1, order[..., None].expand(-1, -1, 6))[:, None]
+    shares, means, triple = (part[:, 0] for part in em.parameters(statistics))
+    rows, columns = (axis.expand(height, width) for axis in em.centred_coordinates(height, width, maps.device))
+    everywhere = torch.stack([rows, columns, torch.ones_like(rows)]).flatten(1).expand(n_maps, -1, -1)
+    joint = em.log_joint(em.Points(everywhere, None, pixel_weights[..., None]), statistics)[:, 0]
+    labels = joint.argmax(1).to(torch.uint8).view(n_maps, height, width)
+    log_density = joint.logsumexp(1) + math.log(height * width)
+    some = torch.tensor([state != "no_positive_effect" for state in status], dtype=torch.bool, device=maps.device)
+    likelihood = (pixel_weights.flatten(1) * torch.where(some[:, None], log_density, 0.0)).sum(1)
+    size = torch.tensor([height, width], dtype=torch.float64, device=maps.device)
+    covariances = triple[..., [0, 1, 1, 2]].view(*triple.shape[:2], 2, 2) / (size[:, None] * size)
+    return WeightedGMM(
+        weights=torch.where(some[:, None], shares, 0.0).to(maps.dtype),
+        means=(means / size + 0.5).to(maps.dtype),
+        covariances=covariances.to(maps.dtype),
+        log_likelihood=likelihood.to(maps.dtype),
+        labels=torch.where(some[:, None, None], labels, NO_REGION),
+        status=status,
+    )
