@@ -173,7 +173,7 @@ def maximise(points: Points, statistics: Tensor, tolerance: float, max_steps: in
     result, likelihood = statistics.clone(), torch.full(statistics.shape[:2], -math.inf, dtype=torch.float64)
     likelihood = likelihood.to(points.device)
     active = torch.arange(len(statistics), device=points.device)
-    current, before = statistics, likelihood
+    current, before = statistics, likelihood.clone()
     for _ in range(max_steps):
         following, now = step(points, current)
         result[active], likelihood[active] = current, now
