@@ -1,0 +1,207 @@
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lvlmva_core.alignment import align_classifier, rrr_penalty
+from lvlmva_core.errors import InputError
+from lvlmva_core.training import endless_batches
+
+
+def _network(smooth: bool = True, norm: bool = False) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers: list[nn.Module] = [nn.Conv2d(2, 3, 3, padding=1)]
+        layers += [nn.BatchNorm2d(3)] if norm else []
+        layers += [nn.Tanh() if smooth else nn.ReLU(), nn.Flatten(), nn.Linear(3 * 4 * 5, 4)]
+        return nn.Sequential(*layers).double()
+
+
+def _batch(n: int = 3) -> tuple[Tensor, Tensor]:
+    rng = np.random.default_rng(0)
+    return torch.from_numpy(rng.random((n, 2, 4, 5))), torch.from_numpy(rng.random((n, 4, 5)) < 0.5)
+
+
+def _summed_log_probabilities(model: nn.Module, images: Tensor) -> Tensor:
+    return torch.log_softmax(model(images), dim=1).sum(1)
+
+
+@pytest.mark.parametrize("smooth", [True, False])
+def test_the_penalty_is_the_squared_central_difference_inside_the_mask(smooth: bool) -> None:
+    model, (images, masks) = _network(smooth), _batch()
+    step = 1e-6
+    expected = torch.zeros(len(images), dtype=torch.float64)
+    with torch.no_grad():
+        for c in range(2):
+            for u in range(4):
+                for v in range(5):
+                    nudge = torch.zeros_like(images)
+                    nudge[:, c, u, v] = step
+                    slope = (
+                        _summed_log_probabilities(model, images + nudge)
+                        - _summed_log_probabilities(model, images - nudge)
+                    ) / (2 * step)
+                    expected += torch.where(masks[:, u, v], slope**2, 0.0)
+    torch.testing.assert_close(rrr_penalty(model, images, masks).detach(), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_the_gradient_of_the_penalty_in_the_parameters_is_its_central_difference() -> None:
+    model, (images, masks) = _network(), _batch()
+    weight = model[0].weight  # type: ignore[index]
+    rrr_penalty(model, images, masks).sum().backward()
+    step = 1e-6
+    for place in [(0, 0, 0, 0), (1, 1, 2, 1), (2, 0, 1, 2)]:
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                weight[place] += sign * step
+            values.append(rrr_penalty(model, images, masks).sum().item())
+            with torch.no_grad():
+                weight[place] -= sign * step
+        assert weight.grad[place].item() == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-5, abs=1e-9)
+
+
+def test_a_linear_model_has_the_penalty_in_closed_form() -> None:
+    # d/dx sum_k log p_k = sum_k W_k - K sum_k p_k W_k for logits W x
+    model = nn.Sequential(nn.Flatten(), nn.Linear(40, 4)).double()
+    images, masks = _batch()
+    weight = model[1].weight.detach()
+    p = torch.softmax(model(images), dim=1).detach()
+    gradient = (weight.sum(0) - 4 * p @ weight).reshape(images.shape)
+    expected = (gradient**2 * masks[:, None]).sum((1, 2, 3))
+    torch.testing.assert_close(rrr_penalty(model, images, masks).detach(), expected)
+
+
+def test_an_empty_mask_costs_nothing_and_samples_do_not_influence_each_other() -> None:
+    model, (images, masks) = _network(norm=True), _batch()
+    together = rrr_penalty(model, images, masks).detach()
+    alone = torch.cat([rrr_penalty(model, images[i : i + 1], masks[i : i + 1]).detach() for i in range(3)])
+    torch.testing.assert_close(together, alone)
+    assert rrr_penalty(model, images, torch.zeros_like(masks)).sum().item() == 0
+
+
+def test_batchnorm_is_in_eval_mode_inside_and_every_mode_is_restored() -> None:
+    model, (images, masks) = _network(norm=True), _batch()
+    model.train()
+    model[3].eval()  # type: ignore[index]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    in_train_mode = rrr_penalty(model, images, masks).detach()
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    torch.testing.assert_close(in_train_mode, rrr_penalty(model.eval(), images, masks).detach())
+    model.train()
+    with pytest.raises(RuntimeError, match="size"):
+        rrr_penalty(model, images[:, :1], masks)
+    assert model.training
+
+
+def test_masks_of_another_shape_or_type_are_refused() -> None:
+    model, (images, masks) = _network(), _batch()
+    with pytest.raises(ValueError, match=r"masks must be bool \(3, 4, 5\)"):
+        rrr_penalty(model, images, masks.double())
+    with pytest.raises(ValueError, match=r"masks must be bool \(3, 4, 5\)"):
+        rrr_penalty(model, images, masks[:, None])
+
+
+def test_the_alignment_stream_runs_on_across_passes() -> None:
+    stream = endless_batches(10, 4, torch.Generator().manual_seed(0))
+    drawn = torch.cat([next(stream) for _ in range(5)])  # two passes of ten in batches of four
+    assert sorted(drawn[:10].tolist()) == list(range(10))
+    assert sorted(drawn[10:].tolist()) == list(range(10))
+    assert drawn[:10].tolist() != drawn[10:].tolist()
+
+
+def _toy(seed: int = 0) -> dict[str, Tensor]:
+    """Two classes told apart by pixel 0 (weakly) and by pixel 1 (perfectly: the shortcut)."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(40) % 2
+    images = torch.rand((40, 1, 1, 4), generator=generator) * 0.2
+    images[:, 0, 0, 0] += 0.3 * labels
+    images[:, 0, 0, 1] += 0.8 * labels
+    masks = torch.zeros((40, 1, 4), dtype=torch.bool)
+    masks[:, 0, 1] = True
+    return {"images": images, "labels": labels, "masks": masks}
+
+
+def _align(rrr_lambda: float, seed: int = 0, epochs: int = 40, gamma: float = 0.0) -> tuple[nn.Module, pd.DataFrame]:
+    toy = _toy()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    curve = align_classifier(
+        model,
+        toy["images"],
+        toy["labels"],
+        toy["images"][:10],
+        toy["labels"][:10],
+        toy["masks"][:10],
+        toy["images"],
+        toy["labels"],
+        rrr_lambda=rrr_lambda,
+        gamma=gamma,
+        learning_rate=0.01,
+        epochs=epochs,
+        alignment_batch=4,
+        training_batch=16,
+        seed=seed,
+    )
+    return model, curve
+
+
+def test_alignment_takes_the_weight_off_the_masked_pixel() -> None:
+    def reliance(model: nn.Module) -> float:
+        weight = model[1].weight.detach()  # type: ignore[index]
+        return float((weight[1] - weight[0]).abs()[1])
+
+    assert reliance(_align(10.0)[0]) < 0.4 * reliance(_align(0.0)[0])
+
+
+def test_training_is_the_loss_of_the_paper_written_out_sample_by_sample() -> None:
+    toy, rrr_lambda, gamma = _toy(), 0.7, 0.01
+    trained, curve = _align(rrr_lambda, gamma=gamma, epochs=2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    training = endless_batches(40, 16, torch.Generator().manual_seed(0))
+    alignment = endless_batches(10, 4, torch.Generator().manual_seed(1))
+    penalties = []
+    for _ in range(2 * math.ceil(40 / 16)):
+        rows, chosen = next(training).tolist(), next(alignment).tolist()
+        cross_entropy, penalty = torch.zeros(()), torch.zeros(())
+        for sample in chosen + rows:
+            log_p = torch.log_softmax(model(toy["images"][sample][None]), dim=1)[0]
+            cross_entropy = cross_entropy - log_p[toy["labels"][sample]]
+        for sample in chosen:
+            pixels = toy["images"][sample][None].clone().requires_grad_(True)
+            total = torch.log_softmax(model(pixels), dim=1).sum()
+            (slope,) = torch.autograd.grad(total, pixels, create_graph=True)
+            penalty = penalty + (toy["masks"][sample].double() * slope[0, 0]).square().sum()
+        squares = sum((parameter**2).sum() for parameter in model.parameters())
+        loss = cross_entropy / 20 + rrr_lambda * penalty / 20 + gamma * squares
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        penalties.append(penalty.item() / 20)
+    torch.testing.assert_close(trained.state_dict()["1.weight"], model.state_dict()["1.weight"], rtol=1e-4, atol=1e-5)
+    assert curve["penalty"].tolist() == pytest.approx([sum(penalties[:3]) / 3, sum(penalties[3:]) / 3], rel=1e-3)
+    assert not trained.training
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others() -> None:
+    weights = [_align(1.0, seed, epochs=3)[0][1].weight for seed in (0, 0, 1)]  # type: ignore[index]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_gamma_shrinks_the_weights() -> None:
+    assert _align(0.0, gamma=1.0)[0][1].weight.norm() < 0.5 * _align(0.0)[0][1].weight.norm()  # type: ignore[index]
+
+
+def test_a_loss_that_is_not_finite_is_named() -> None:
+    with pytest.raises(InputError, match=r"not finite in epoch 1 at λ = 1e\+40"):
+        _align(1e40)

@@ -1,0 +1,70 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from lvlmva_core.config import load_params
+from lvlmva_core.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+
+
+def _params_with(tmp_path: Path, *changes: tuple[str, Any]) -> Path:
+    yaml = YAML(typ="safe", pure=True)
+    content = yaml.load((ROOT / "params.yaml").read_text())
+    for key, value in changes:
+        *path, last = key.split(".")
+        section = content
+        for part in path:
+            section = section[part]
+        if value is ...:
+            del section[last]
+        else:
+            section[last] = value
+    file = tmp_path / "params.yaml"
+    with file.open("w") as out:
+        yaml.dump(content, out)
+    return file
+
+
+def test_the_shipped_params_are_valid() -> None:
+    assert load_params(ROOT / "params.yaml").align.alignment_batch == 8
+
+
+def test_numbers_are_read_as_dvc_reads_them(tmp_path: Path) -> None:
+    file = tmp_path / "params.yaml"
+    text = (ROOT / "params.yaml").read_text()
+    file.write_text(text.replace("completeness_tolerance: 1e-6", "completeness_tolerance: 2e-6"))
+    assert load_params(file).attribute.completeness_tolerance == 2e-6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("align.rrr_lamda", 1.0), r"unknown key 'align\.rrr_lamda'; did you mean 'rrr_lambda'\?"),
+        (("alignn", {}), r"unknown key 'alignn'; did you mean 'align'\?"),
+        (("baseline.rrr_gt.epoch", 1), r"unknown key 'baseline\.rrr_gt\.epoch'; did you mean 'epochs'\?"),
+        (("align.epochs", ...), r"key 'align\.epochs' is missing"),
+        (("align.epochs", "ten"), r"'align\.epochs' = 'ten'.*valid integer"),
+        (("align.epochs", 1.5), r"'align\.epochs' = 1\.5.*valid integer"),
+        (("align.seeds", []), r"'align\.seeds' = \[\].*at least 1"),
+        (("align.rrr_lambda", -1), r"'align\.rrr_lambda' = -1.*greater than or equal to 0"),
+        (("segment.n_regions", 13), r"'segment\.n_regions' = 13.*less than or equal to 12"),
+        (("compute.device", "gpu"), r"'compute\.device' = 'gpu'"),
+        (("prepare.dataset", "cats"), r"'prepare\.dataset' = 'cats'"),
+        (("control.lambda_zero.rrr_lambda", 1.0), r"lambda_zero\.rrr_lambda must be 0"),
+    ],
+)
+def test_a_mistake_is_named_by_its_key_in_one_line(tmp_path: Path, change: tuple[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        load_params(_params_with(tmp_path, change))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there_or_no_yaml(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        load_params(tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_text("align: [")
+    with pytest.raises(InputError, match="not valid YAML"):
+        load_params(tmp_path / "params.yaml")

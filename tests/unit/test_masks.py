@@ -1,0 +1,129 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lvlmva_core.errors import InputError
+from lvlmva_core.masks import (
+    Override,
+    assemble_mask,
+    assemble_masks,
+    random_masks_like,
+    read_overrides,
+    segmentation_digest,
+)
+
+SEGMENTS = np.array([[0, 0, 1], [2, 1, 255]], dtype=np.uint8)
+
+
+def test_the_mask_is_true_where_the_judge_said_no_and_nowhere_else() -> None:
+    # the Judge says "no" to region 1 (spurious): its gradient is to vanish, so its pixels, and they alone, are True
+    mask = assemble_mask(torch.from_numpy(SEGMENTS), {0: "yes", 1: "no", 2: "yes"})
+    assert mask.dtype == torch.bool
+    assert mask.tolist() == [[False, False, True], [False, True, False]]
+
+
+def test_pixels_of_no_region_are_never_masked_and_unsure_masks_nothing() -> None:
+    assert assemble_mask(torch.from_numpy(SEGMENTS), dict.fromkeys(range(3), "no")).tolist() == [
+        [True, True, True],
+        [True, True, False],
+    ]
+    assert not assemble_mask(torch.from_numpy(SEGMENTS), {0: "unsure", 1: "yes", 2: "unsure"}).any()
+
+
+def test_every_region_present_needs_a_verdict_and_others_need_none() -> None:
+    with pytest.raises(ValueError, match="region 2 has no verdict"):
+        assemble_mask(torch.from_numpy(SEGMENTS), {0: "yes", 1: "no"})
+    with pytest.raises(ValueError, match="region 0 has verdict 'maybe'"):
+        assemble_mask(torch.from_numpy(SEGMENTS), {0: "maybe", 1: "no", 2: "no"})
+    absent_region = {0: "yes", 1: "yes", 2: "yes", 3: "no"}
+    assert not assemble_mask(torch.from_numpy(SEGMENTS), absent_region).any()
+
+
+def test_segments_must_be_a_label_map() -> None:
+    with pytest.raises(ValueError, match=r"must be \(H, W\) of integers"):
+        assemble_mask(torch.zeros(2, 2), {0: "no"})
+
+
+YES = {0: "yes", 1: "yes", 2: "yes"}
+
+
+def test_failed_samples_are_left_out_with_their_reason() -> None:
+    empty = np.full_like(SEGMENTS, 255)
+    result = assemble_masks(
+        ["a", "b", "c"], np.stack([SEGMENTS, empty, SEGMENTS]), {"a": {**YES, 1: "no"}}, {"c": "refused"}, []
+    )
+    assert result.ids == ["a"]
+    assert result.left_out == {"b": "no_region", "c": "refused"}
+    assert result.masks.sum() == 2
+
+
+def test_none_left_is_an_error_that_says_why() -> None:
+    with pytest.raises(InputError, match=r"no sample of the alignment set has verdicts \(no_positive_effect\)"):
+        assemble_masks(["a"], SEGMENTS[None], {}, {"a": "no_positive_effect"}, [])
+
+
+def test_a_sample_that_the_judge_forgot_is_an_error() -> None:
+    with pytest.raises(InputError, match="'b' has neither verdicts nor a failure"):
+        assemble_masks(["a", "b"], np.stack([SEGMENTS] * 2), {"a": YES}, {}, [])
+
+
+def test_an_override_counts_for_its_segmentation_only() -> None:
+    digest = segmentation_digest(SEGMENTS)
+    fresh, stale = Override("a", digest, 2, "no"), Override("a", "0" * 64, 0, "no")
+    absent = Override("a", digest, 3, "no")
+    result = assemble_masks(["a"], SEGMENTS[None], {"a": YES}, {}, [fresh, stale, absent])
+    assert result.masks[0].tolist() == (SEGMENTS == 2).tolist()
+    assert result.overridden == 1
+    assert result.stale == [stale, absent]
+
+
+def test_an_expert_can_stand_in_for_a_judge_that_failed() -> None:
+    digest = segmentation_digest(SEGMENTS)
+    complete = [Override("a", digest, region, "no") for region in range(3)]
+    assert assemble_masks(["a"], SEGMENTS[None], {}, {"a": "refused"}, complete).masks.sum() == 5
+    with pytest.raises(InputError, match="no sample"):
+        assemble_masks(["a"], SEGMENTS[None], {}, {"a": "refused"}, complete[:2])
+
+
+def test_the_digest_tells_shape_and_pixels_apart() -> None:
+    other = SEGMENTS.copy()
+    other[0, 0] = 2
+    assert len({segmentation_digest(a) for a in (SEGMENTS, other, SEGMENTS.reshape(3, 2))}) == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("sample,region\n", "first line must be"),
+        ("sample,segmentation,region,verdict\na,b,0,perhaps\n", "line 2: verdict 'perhaps'"),
+        ("sample,segmentation,region,verdict\na,b,one,no\n", "line 2: region 'one'"),
+        ("sample,segmentation,region,verdict\na,b,1\n", "line 2: expected 4 values"),
+        ("sample,segmentation,region,verdict\na,b,1,no\na,b,1,yes\n", "line 3: second verdict"),
+    ],
+)
+def test_malformed_overrides_are_named_by_line(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "verdicts.csv"
+    file.write_text(content)
+    with pytest.raises(InputError, match=message):
+        read_overrides(file)
+
+
+def test_a_header_alone_is_no_override_and_a_missing_file_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "verdicts.csv"
+    with pytest.raises(InputError, match="no such file"):
+        read_overrides(file)
+    file.write_text("sample,segmentation,region,verdict\n")
+    assert read_overrides(file) == []
+
+
+def test_random_masks_keep_area_and_form() -> None:
+    masks = np.zeros((20, 9, 11), dtype=bool)
+    masks[:, 2:5, 3:9] = True
+    shifted = random_masks_like(masks, seed=0)
+    np.testing.assert_array_equal(shifted.sum(axis=(1, 2)), masks.sum(axis=(1, 2)))
+    # a shift changes the phase of a Fourier transform, not its magnitude
+    np.testing.assert_allclose(abs(np.fft.fft2(shifted)), abs(np.fft.fft2(masks)), atol=1e-9)
+    assert (shifted != masks).any(axis=(1, 2)).sum() > 15
+    np.testing.assert_array_equal(random_masks_like(masks, seed=0), shifted)
