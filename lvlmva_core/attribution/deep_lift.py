@@ -1,0 +1,273 @@
+"""DeepLIFT with the rescale rule, averaged over baselines (DeepLiftSHAP; Lundberg and Lee 2017; LVLM-VA §4.1)."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lvlmva_core.attribution.rules import (
+    CONSTANT_OPS,
+    ROWS_IN_ARGUMENTS,
+    RULES,
+    Step,
+    aten,
+    batch_norm_scale,
+    same_constant,
+)
+from lvlmva_core.attribution.tape import INPUT, Tape, UnsupportedOperation, Value, record
+from lvlmva_core.errors import InputError
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Maps and what they add up to: `attributions.sum() == output - expected` for each sample.
+
+    attributions: (B, C, H, W); output, expected: (B,) the target logit of the input, and its mean over the baselines.
+    """
+
+    attributions: Tensor
+    output: Tensor
+    expected: Tensor
+
+    def completeness_error(self) -> Tensor:
+        """|Σ attributions - (output - expected)| as a share of Σ|attributions|, (B,) float64; 0 for an all-zero map."""
+        maps = self.attributions.double().flatten(1)
+        gap = (maps.sum(1) - (self.output.double() - self.expected.double())).abs()
+        return torch.where(gap == 0, gap, gap / maps.abs().sum(1))
+
+
+def deep_lift_shap(
+    model: nn.Module,
+    inputs: Tensor,
+    baselines: Tensor,
+    target: int | Tensor,
+    *,
+    batch_size: int = 64,
+    samples_at_once: int | None = None,
+    channels_last: bool | None = None,
+) -> Tensor:
+    """Attribute a logit to the input, as the mean over baselines of DeepLIFT's rescale rule (LVLM-VA §4.1).
+
+    Locally accurate to rounding: each map sums to the target logit minus its mean over the baselines. The model runs in
+    eval mode and comes back as it was.
+
+    Args:
+        model: maps (B, C, H, W) to logits (B, K) and treats each sample on its own.
+        inputs: (B, C, H, W) float32 or float64, on the model's device; other trailing dimensions work as well.
+        baselines: (R, C, H, W), weighted alike.
+        target: class of every input, or int64 (B,) one per input.
+        batch_size: (input, baseline) pairs held at once; bounds the memory whatever B and R are.
+        samples_at_once: at most so many inputs share a pass. With 1, a map has the same bits whatever else is in `inputs`.
+        channels_last: memory layout of the passes; None takes channels_last for images on a CPU, where it is faster.
+
+    Returns:
+        (B, C, H, W) in the inputs' dtype and device, channels not summed.
+
+    Raises:
+        UnsupportedOperation: the model does something that has no exact rule; names the operation and its place.
+        InputError: shapes, dtypes, devices or classes do not fit.
+    """
+    return explain(
+        model,
+        inputs,
+        baselines,
+        target,
+        batch_size=batch_size,
+        samples_at_once=samples_at_once,
+        channels_last=channels_last,
+    ).attributions
+
+
+def explain(
+    model: nn.Module,
+    inputs: Tensor,
+    baselines: Tensor,
+    target: int | Tensor,
+    *,
+    batch_size: int = 64,
+    samples_at_once: int | None = None,
+    channels_last: bool | None = None,
+) -> Explanation:
+    """`deep_lift_shap` together with the outputs that its maps add up to. Same arguments and errors."""
+    targets = check_arguments(model, inputs, baselines, target)
+    for name, value in (("batch_size", batch_size), ("samples_at_once", samples_at_once)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value}, expected 1 or more")
+    if channels_last is None:
+        channels_last = inputs.ndim == 4 and inputs.device.type == "cpu"
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    inputs = inputs.detach()
+    total = torch.zeros_like(inputs, memory_format=torch.contiguous_format)
+    output = torch.zeros(len(inputs), dtype=inputs.dtype, device=inputs.device)
+    expected = torch.zeros_like(output)
+    done = 0
+    with torch.no_grad(), _full_precision(inputs.device):
+        while done < len(baselines):
+            r = min(batch_size, len(baselines) - done)
+            part = baselines[done : done + r].detach().contiguous(memory_format=layout)
+            try:
+                sums = torch.zeros_like(total)
+                baseline_tape = record(model, part, RULES, CONSTANT_OPS)
+                b = min(max(batch_size // r, 1), samples_at_once or len(inputs))
+                for start in range(0, len(inputs), b):
+                    rows = slice(start, start + b)
+                    tape = record(model, inputs[rows].contiguous(memory_format=layout), RULES, CONSTANT_OPS)
+                    _check_targets(targets[rows], tape.output.shape[1])
+                    sums[rows] = _attribute_pairs(tape, baseline_tape, targets[rows])
+                    output[rows] = tape.output.gather(1, targets[rows, None])[:, 0]
+                means = baseline_tape.output[:, targets].sum(0)
+            except torch.OutOfMemoryError as error:
+                if batch_size == 1:
+                    raise
+                tape = baseline_tape = None  # type: ignore[assignment]
+                batch_size //= 2
+                warnings.warn(f"out of memory: going on with batch_size={batch_size}", RuntimeWarning, stacklevel=2)
+                error.__traceback__ = None
+                continue
+            total += sums
+            expected += means
+            done += r
+    return Explanation(total / len(baselines), output, expected / len(baselines))
+
+
+def check_arguments(model: nn.Module, inputs: Tensor, baselines: Tensor, target: int | Tensor) -> Tensor:
+    """Check what every attribution function takes; returns the targets as int64 (B,). Raises InputError."""
+    if not inputs.is_floating_point() or inputs.dtype not in (torch.float32, torch.float64):
+        raise InputError(f"inputs are {inputs.dtype}, expected float32 or float64; convert inputs and model")
+    if inputs.ndim < 2 or len(inputs) == 0:
+        raise InputError(f"inputs have shape {tuple(inputs.shape)}, expected (B, C, H, W) with B > 0")
+    if baselines.shape[1:] != inputs.shape[1:] or len(baselines) == 0:
+        raise InputError(f"baselines have shape {tuple(baselines.shape)}, expected (R, *{tuple(inputs.shape[1:])}), R > 0")
+    for name, tensor in (("baselines", baselines), *model.named_parameters(), *model.named_buffers()):
+        if tensor.device != inputs.device:
+            raise InputError(f"{name} is on {tensor.device}, the inputs on {inputs.device}; move them to one device")
+        if tensor.is_floating_point() and tensor.dtype != inputs.dtype:
+            raise InputError(f"{name} is {tensor.dtype}, the inputs {inputs.dtype}; convert them to one dtype")
+    if isinstance(target, int):
+        return torch.full((len(inputs),), target, dtype=torch.int64, device=inputs.device)
+    if target.dtype != torch.int64 or target.shape != (len(inputs),):
+        raise InputError(f"target is {target.dtype} {tuple(target.shape)}, expected an int or int64 ({len(inputs)},)")
+    return target.to(inputs.device)
+
+
+def _check_targets(targets: Tensor, classes: int) -> None:
+    if bool(((targets < 0) | (targets >= classes)).any()):
+        raise InputError(f"target {targets.tolist()} has a class outside 0..{classes - 1}, the model's logits")
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """No TF32 in convolutions and matrix products of a GPU: it keeps 10 bits of the mantissa only."""
+    if device.type != "cuda":
+        yield
+        return
+    matmul = torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = False
+        with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = matmul
+
+
+def _attribute_pairs(tape: Tape, baseline: Tape, targets: Tensor) -> Tensor:
+    """DeepLIFT of every input against every baseline, summed over the baselines.
+
+    Returns:
+        (b, ...) like the inputs of `tape`.
+    """
+    _check_same_computation(tape, baseline)
+    b, r = tape.samples, baseline.samples
+    consumers: dict[Value, int] = {}
+    for node in tape.nodes:
+        for value in node.inputs:
+            consumers[value] = consumers.get(value, 0) + 1
+    seed = torch.zeros(b, r, tape.output.shape[1], dtype=tape.output.dtype, device=tape.output.device)
+    seed.scatter_(2, targets[:, None, None].expand(b, r, 1), 1.0)
+    pending: dict[Value, tuple[Tensor, bool]] = {tape.result: (seed.flatten(0, 1), True)}
+    scales: dict[int, Tensor] = {}
+    for position in range(len(tape.nodes) - 1, -1, -1):
+        node, twin = tape.nodes[position], baseline.nodes[position]
+        arrived = [pending.pop(Value(position, index), None) for index in range(len(node.output_shapes))]
+        if all(item is None for item in arrived):
+            continue
+        source = node.inputs[0]
+        if (
+            node.op in _BATCH_NORMS
+            and source.node >= 0
+            and tape.nodes[source.node].op is aten.convolution.default
+            and not tape.nodes[source.node].args[6]
+            and consumers[source] == 1
+        ):
+            # one pass over the multipliers less: the convolution before takes the factors into its weights
+            scales[source.node] = batch_norm_scale(node)
+            pending[source] = arrived[0]  # type: ignore[assignment]
+            continue
+        step = Step(node, twin, b, r, scales.pop(position, None))
+        g = [None if item is None else item[0] for item in arrived]
+        owned = len(g) == 1 and arrived[0] is not None and arrived[0][1]
+        del arrived
+        results = RULES[node.op].backward(step, g, owned)
+        _send(pending, node.inputs, results, g, owned)
+    multipliers = pending.get(INPUT)
+    if multipliers is None:
+        raise UnsupportedOperation("the target logit does not depend on the input")
+    change = tape.inputs.unsqueeze(1) - baseline.inputs.unsqueeze(0)
+    return (multipliers[0].unflatten(0, (b, r)) * change).sum(1)
+
+
+_BATCH_NORMS = frozenset(op for op in RULES if "batch_norm" in str(op))
+
+
+def _send(
+    pending: dict[Value, tuple[Tensor, bool]],
+    values: tuple[Value, ...],
+    results: list[Tensor | None],
+    g: list[Tensor | None],
+    owned: bool,
+) -> None:
+    """Add what a rule returned to what waits at its inputs. A tensor that two values share is written to by neither."""
+    incoming = {t.untyped_storage().data_ptr() for t in g if t is not None}
+    addresses = [t.untyped_storage().data_ptr() for t in results if t is not None]
+    for value, result in zip(values, results, strict=True):
+        if result is None:
+            continue
+        address = result.untyped_storage().data_ptr()
+        mine = (owned or address not in incoming) and addresses.count(address) == 1 and _dense(result)
+        if value not in pending:
+            pending[value] = (result, mine)
+            continue
+        waiting, waiting_mine = pending[value]
+        if waiting_mine and waiting.dtype == result.dtype:
+            waiting.add_(result)
+        else:
+            pending[value] = (result.add_(waiting) if mine else result + waiting, True)
+
+
+def _dense(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() or (tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
+
+
+def _check_same_computation(tape: Tape, baseline: Tape) -> None:
+    """Inputs and baselines must have run the same operations: else the model chooses its path by its input."""
+    if len(tape.nodes) != len(baseline.nodes) or tape.result != baseline.result:
+        raise UnsupportedOperation("the model runs other operations for the inputs than for the baselines; it must not")
+    for x, y in zip(tape.nodes, baseline.nodes, strict=True):
+        same = x.op is y.op and x.inputs == y.inputs and len(x.args) == len(y.args)
+        same = same and _per_sample(x, tape.samples) == _per_sample(y, baseline.samples)
+        if same and x.op not in ROWS_IN_ARGUMENTS:
+            pairs = [*zip(x.args, y.args, strict=True), *((x.kwargs[k], y.kwargs.get(k)) for k in x.kwargs)]
+            same = all(same_constant(x, p, y, q, (tape.samples, baseline.samples)) for p, q in pairs)
+        if not same:
+            raise UnsupportedOperation(
+                f"{x.place}: {str(x.op).removesuffix('.default')} differs between the run on the inputs and the run on the "
+                "baselines; attribution needs a model that computes the same for each sample and draws nothing at random"
+            )
+
+
+def _per_sample(node: object, samples: int) -> list[tuple[int, ...] | None]:
+    shapes = (*node.input_shapes, *node.output_shapes)  # type: ignore[attr-defined]
+    return [None if s is None or len(s) == 0 else (s[0] // samples, *s[1:]) for s in shapes]

@@ -1,0 +1,268 @@
+"""Record what a model computes, operation by operation, beneath its Python code.
+
+A torch dispatch mode sees every ATen operation that a forward pass runs, whether it was written as a module, a function
+or a method, reused or in place. So nothing that depends on the input can be overlooked as a symbolic trace would.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lvlmva_core.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class UnsupportedOperation(InputError):
+    """A model does something for which no exact attribution rule is known; the message names it and its place."""
+
+
+class Value(NamedTuple):
+    """A tensor that depends on the input: output `index` of node `node` (node -1 is the input itself)."""
+
+    node: int
+    index: int
+
+
+INPUT = Value(-1, 0)
+
+
+@dataclass(eq=False)
+class Node:
+    """One operation of a forward pass of n samples; every tensor that depends on the input has n·k rows."""
+
+    op: OpOverload  # always the variant that is not in place
+    args: tuple[Any, ...]  # values in the place of tensors that depend on the input
+    kwargs: dict[str, Any]
+    inputs: tuple[Value, ...]
+    input_shapes: tuple[torch.Size, ...]
+    output_shapes: tuple[torch.Size | None, ...]
+    place: str
+    saved: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Tape:
+    """A forward pass of n samples: its nodes in order, its output (n, K), and which value the output is."""
+
+    samples: int
+    inputs: Tensor
+    nodes: list[Node]
+    output: Tensor
+    result: Value
+
+
+class Rule(NamedTuple):
+    """How one operation is attributed: what must be kept of a forward pass, a check, and the backward step.
+
+    check: called with the node when it is recorded; raises UnsupportedOperation.
+    one_output: only the first output counts; the others are statistics that models do not use.
+    """
+
+    save_inputs: bool
+    save_outputs: bool
+    check: Callable[[Node], None] | None
+    backward: Callable[..., Any]
+    one_output: bool = False
+
+
+def record(model: nn.Module, inputs: Tensor, rules: Mapping[OpOverload, Rule], constant_ops: frozenset[Any]) -> Tape:
+    """Run `model` in eval mode on `inputs` and record every operation that depends on them.
+
+    The model is left as it was found: no parameter, buffer, gradient, hook or mode is changed. The forward runs with
+    gradients enabled so that PyTorch takes its differentiable, decomposed paths (fused attention would hide its
+    products) and refuses detours through numpy, but nothing is saved for an autograd backward.
+
+    Args:
+        inputs: (n, ...) floating point, not written to.
+
+    Raises:
+        UnsupportedOperation: an operation has no rule, or mixes samples.
+    """
+    recorder = _Recorder(model, inputs.shape[0], rules, constant_ops)
+    with ExitStack() as stack:
+        stack.enter_context(_eval_mode(model))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast(inputs.device.type, enabled=False))
+        stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_drop, _never_needed))
+        # a clone that is no leaf, so that a model may work on its input in place
+        start = inputs.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        start = start.view_as(start)
+        recorder.values[start] = INPUT
+        stack.enter_context(recorder)
+        output = model(start)
+    if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[0] != inputs.shape[0]:
+        found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise InputError(f"the model returned {found} for {inputs.shape[0]} samples, expected logits (n, K); wrap it")
+    if output not in recorder.values:
+        raise UnsupportedOperation(
+            "the model's output does not depend on its input through operations that can be followed; "
+            "return logits computed by torch operations on the input"
+        )
+    return Tape(inputs.shape[0], inputs, recorder.nodes, output.detach(), recorder.values[output])
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(
+        self, model: nn.Module, samples: int, rules: Mapping[OpOverload, Rule], constant_ops: frozenset[Any]
+    ) -> None:
+        super().__init__()
+        self.samples = samples
+        self.rules = rules
+        self.constant_ops = constant_ops
+        self.nodes: list[Node] = []
+        self.values: Any = WeakTensorKeyDictionary()
+        self._stale: Any = WeakTensorKeyDictionary()
+        self._names = {id(module): name for name, module in model.named_modules()}
+        self._kept: dict[int, list[tuple[Node, int]]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        followed = [leaf for leaf in tree_flatten((args, kwargs))[0] if self._follows(leaf)]
+        if not followed:
+            return func(*args, **kwargs)
+        if func in self.constant_ops:
+            return func(*args, **kwargs)
+        functional, in_place = _out_of_place(func)
+        rule = self.rules.get(functional)
+        place = _place(self._names)
+        if rule is None or (func._schema.is_mutable and not in_place):
+            raise UnsupportedOperation(f"{place}: no attribution rule for {_readable(func)}; {_ADVICE}")
+        for tensor in followed:
+            if tensor in self._stale:
+                raise UnsupportedOperation(
+                    f"{place}: {_readable(func)} reads a tensor whose memory was changed in place through another "
+                    f"view; use the operation that is not in place"
+                )
+        if in_place and not self._follows(args[0]):
+            raise UnsupportedOperation(
+                f"{place}: {_readable(func)} writes what depends on the input into a tensor that does not; "
+                "build the result with torch.cat, torch.stack or torch.where instead"
+            )
+        node = Node(
+            functional,
+            tree_map(self._value_of, tuple(args)),
+            tree_map(self._value_of, dict(kwargs)),
+            tuple(self.values[tensor] for tensor in followed),
+            tuple(tensor.shape for tensor in followed),
+            (),
+            place,
+        )
+        if rule.save_inputs:
+            self._keep(node, followed)
+        if in_place:
+            self._unshare(args[0])
+        out = func(*args, **kwargs)
+        outputs = out if isinstance(out, list | tuple) else (out,)
+        if rule.one_output:
+            outputs = outputs[:1]
+        node.output_shapes = tuple(o.shape if isinstance(o, Tensor) else None for o in outputs)
+        self._check_rows(node)
+        if rule.check is not None:
+            rule.check(node)
+        if rule.save_outputs:
+            self._keep(node, [o for o in outputs if isinstance(o, Tensor)])
+        self.nodes.append(node)
+        for index, tensor in enumerate(outputs):
+            if isinstance(tensor, Tensor):
+                self.values[args[0] if in_place else tensor] = Value(len(self.nodes) - 1, index)
+        return out
+
+    def _follows(self, leaf: Any) -> bool:
+        return isinstance(leaf, Tensor) and leaf in self.values
+
+    def _value_of(self, leaf: Any) -> Any:
+        return self.values[leaf] if self._follows(leaf) else leaf
+
+    def _keep(self, node: Node, tensors: list[Tensor]) -> None:
+        for tensor in tensors:
+            kept = tensor.detach()
+            self._kept.setdefault(kept.untyped_storage().data_ptr(), []).append((node, len(node.saved)))
+            node.saved.append(kept)
+
+    def _unshare(self, tensor: Tensor) -> None:
+        """Before `tensor` changes in place: copy what was kept of its memory, and mark its other views."""
+        address = tensor.untyped_storage().data_ptr()
+        for node, slot in self._kept.pop(address, []):
+            node.saved[slot] = node.saved[slot].clone(memory_format=torch.preserve_format)
+        for other in list(self.values):
+            if other is not tensor and other.untyped_storage().data_ptr() == address:
+                self._stale[other] = True
+
+    def _check_rows(self, node: Node) -> None:
+        for shape in node.output_shapes:
+            if shape is not None and (len(shape) == 0 or shape[0] == 0 or shape[0] % self.samples):
+                raise UnsupportedOperation(
+                    f"{node.place}: {_readable(node.op)} gives a tensor {tuple(shape)} that does not keep the samples "
+                    "apart in its first dimension; attribution needs a model that treats each sample on its own"
+                )
+
+
+_ADVICE = "replace it by a supported operation (docs/attribution.md lists them) or choose another attribute.method"
+
+
+def refuse(node: Node, why: str) -> UnsupportedOperation:
+    """The error for a recorded operation that is known, but not in this use."""
+    return UnsupportedOperation(f"{node.place}: {_readable(node.op)} {why}; {_ADVICE}")
+
+
+def _readable(func: Any) -> str:
+    return str(func).removesuffix(".default")
+
+
+def _out_of_place(func: Any) -> tuple[OpOverload, bool]:
+    """The variant of an operation that is not in place, and whether `func` was in place."""
+    schema_name = func._schema.name
+    if not (func._schema.is_mutable and schema_name.endswith("_") and not schema_name.endswith("__")):
+        return func, False
+    namespace, _, name = schema_name.partition("::")
+    packet = getattr(getattr(torch.ops, namespace), name[:-1], None)
+    overload = getattr(packet, func._overloadname, None) if packet is not None else None
+    return (overload, True) if overload is not None else (func, False)
+
+
+def _place(names: dict[int, str]) -> str:
+    """Where in the model the call that is running stands: the innermost module of it, and the line of code."""
+    module = line = None
+    frame = sys._getframe(2)
+    while frame is not None and (module is None or line is None):
+        owner = frame.f_locals.get("self")
+        if module is None and isinstance(owner, nn.Module) and id(owner) in names:
+            module = f"{names[id(owner)] or 'the model'} ({type(owner).__name__})"
+        file = frame.f_code.co_filename
+        if line is None and "/torch/" not in file and "/attribution/" not in file and not file.startswith("<frozen"):
+            line = f"{file.rsplit('/', 1)[-1]}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return ", ".join(part for part in (module, line) if part) or "the model"
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> "Iterator[None]":
+    # flags are set one by one: a module's own train() may do more than set a flag
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _drop(tensor: Tensor) -> None:
+    return None
+
+
+def _never_needed(packed: None) -> Tensor:
+    raise RuntimeError("the model calls backward inside its forward, which attribution does not support")
