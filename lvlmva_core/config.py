@@ -88,20 +88,76 @@ class Segment(Section):
         return self
 
 
+class Endpoint(Section):
+    """A model behind an OpenAI-compatible server. What is sent is part of a call's key; the rest is not."""
+
+    base_url: Annotated[str, Field(pattern=r"^https?://[^\s/?#@]+(:\d+)?(/[^\s?#]*)?(\?\S*)?$")]
+    model: Annotated[str, Field(min_length=1)]
+    revision: Annotated[str, Field(min_length=1)]
+    api_key_variable: Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*_API_KEY$")] | None
+    token_limit_name: Literal["max_tokens", "max_completion_tokens"]
+    token_limit: Count
+    temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None
+    seed: Seed | None
+    image_detail: Literal["auto", "low", "high"] | None
+    extra_body: dict[str, Any]
+    concurrency: Annotated[int, Field(ge=1, le=256)]
+    timeout_s: Positive
+    retries: Annotated[int, Field(ge=0, le=20)]
+    max_wait_s: Positive
+    usd_per_million_input_tokens: NonNegative
+    usd_per_million_output_tokens: NonNegative
+    max_calls: Annotated[int, Field(ge=0)]
+    max_cost_usd: NonNegative
+    allow_upload: bool
+    allow_unhydrated: bool
+
+    @model_validator(mode="after")
+    def _extra_body_is_plain(self) -> "Endpoint":
+        own = {"model", "messages", "response_format", "stream", "n", self.token_limit_name, "temperature", "seed"}
+        for key in self.extra_body:
+            if key in own:
+                raise ValueError(f"extra_body.{key} has a key of its own or is set by the stage; remove it there")
+            if any(word in key.lower() for word in ("api_key", "apikey", "authorization", "token_auth", "secret")):
+                raise ValueError(f"extra_body.{key} looks like a credential; name its variable in api_key_variable")
+        return self
+
+
 class Critique(Section):
     """Who criticises the regions."""
 
-    critic: Literal["rules", "oracle"]
+    critic: Literal["rules", "oracle", "model", "replay"]
+    prompts: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
+    name_spurious_feature: bool
+    max_failed_share: Share
     overlap: Annotated[str, Field(pattern=r"^(any|half_of_feature|majority_of_attribution)$")]
     false_positive_rate: Share
     false_negative_rate: Share
     seed: Seed
+    endpoint: Endpoint | None
+
+    @model_validator(mode="after")
+    def _model_has_an_endpoint(self) -> "Critique":
+        if self.critic in ("model", "replay") and self.endpoint is None:
+            raise ValueError(f"critic '{self.critic}' needs critique.endpoint; take one from presets/critics")
+        return self
 
 
 class Judge(Section):
     """Who turns critiques into verdicts."""
 
-    judge: Literal["rules"]
+    judge: Literal["rules", "model", "replay"]
+    prompts: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
+    answer_format: Literal["json_schema", "prompt"]
+    max_attempts: Annotated[int, Field(ge=1, le=10)]
+    max_failed_share: Share
+    endpoint: Endpoint | None
+
+    @model_validator(mode="after")
+    def _model_has_an_endpoint(self) -> "Judge":
+        if self.judge in ("model", "replay") and self.endpoint is None:
+            raise ValueError(f"judge '{self.judge}' needs judge.endpoint; take one from presets/critics")
+        return self
 
 
 class Mask(Section):

@@ -1,0 +1,134 @@
+"""Stand-ins for a vision-language model that need no network: two critics, and the judge that reads their prose.
+
+Each is named for what it is, in every record; none of them is an LVLM. The third stand-in, replay, is the model's own
+path kept from sending (`lvlmva_core.lvlm.client`).
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+from lvlmva_core.overlap import overlaps
+from lvlmva_core.render import COLOUR_NAMES, regions_present
+
+BRIGHT = 25  # grey level from which a pixel is ink; the faintest decoy has 30
+CENTRAL = 0.35  # of the picture's sides; ink that comes no closer to the middle is not part of the stroke
+
+
+def central_stroke(picture: np.ndarray) -> np.ndarray:
+    """Ink that belongs to the stroke in the middle of a picture.
+
+    Bright pixels fall into 4-connected parts; the stroke is all parts that come within 0.35 of the picture's sides of
+    its centre, so that a broken stroke counts whole and an object in a corner does not.
+
+    Args:
+        picture: uint8 (C, H, W); channels are averaged.
+
+    Returns:
+        bool (H, W).
+    """
+    from scipy import ndimage
+
+    bright = picture.mean(axis=0) >= BRIGHT
+    parts, count = ndimage.label(bright)
+    if not count:
+        return np.zeros_like(bright)
+    height, width = bright.shape
+    rows, columns = np.indices(bright.shape)
+    from_centre = np.hypot((rows + 0.5) / height - 0.5, (columns + 0.5) / width - 0.5)
+    nearest = np.asarray(ndimage.minimum(from_centre, parts, np.arange(1, count + 1)))
+    return np.isin(parts, 1 + np.flatnonzero(nearest <= CENTRAL))
+
+
+def criticise_by_rules(picture: np.ndarray, segments: np.ndarray) -> str:
+    """Critique by one rule for digits: a region is relevant if any of its pixels lies on the central stroke.
+
+    It sees the picture and the regions only; no true mask, no attribution, no class. The rule is the one that
+    LVLM-VA states for mixed regions of digits.
+
+    Args:
+        picture: uint8 (C, H, W). segments: uint8 (H, W); 255 = none.
+    """
+    stroke = central_stroke(picture)
+    ink = picture.mean(axis=0) >= BRIGHT
+    lines = [
+        f"The picture has {int(ink.sum())} bright pixels; {int(stroke.sum())} of them form the stroke in the middle, "
+        f"{int((ink & ~stroke).sum())} lie apart from it."
+    ]
+    verdicts = {}
+    for region in regions_present(segments):
+        inside = segments == region
+        on, off = int((inside & stroke).sum()), int((inside & ink & ~stroke).sum())
+        verdicts[region] = "yes" if on else "no"
+        conclusion = "It touches the stroke, so it is relevant" if on else "It misses the stroke, so it is not relevant"
+        lines.append(
+            f"The {COLOUR_NAMES[region]} region fills {inside.mean():.0%} of the picture, holds {on} pixels of the "
+            f"stroke and {off} bright pixels apart from it. {conclusion}."
+        )
+    return _with_verdicts(lines, verdicts)
+
+
+def criticise_by_oracle(
+    sample: str,
+    segments: np.ndarray,
+    spurious_mask: np.ndarray,
+    attribution: np.ndarray,
+    *,
+    rule: str,
+    false_positive_rate: float,
+    false_negative_rate: float,
+    seed: int,
+) -> str:
+    """Critique by someone who knows where the spurious feature lies, with errors at set rates.
+
+    A region that overlaps the feature is spurious and gets "no", any other "yes"; then a relevant region is rejected
+    with `false_positive_rate` and a spurious one accepted with `false_negative_rate`. The draw of a region depends on
+    (seed, sample, region) alone, and a higher rate errs wherever a lower one does.
+
+    Args:
+        segments: uint8 (H, W); 255 = none. spurious_mask: bool (H, W). attribution: float (H, W).
+        rule: of `lvlmva_core.overlap.overlaps`.
+    """
+    lines = [f"The true spurious mask is known; a region counts as spurious by the rule {rule}."]
+    verdicts = {}
+    for region, spurious in overlaps(segments, spurious_mask, attribution, rule).items():
+        wrong = _draw(seed, sample, region) < (false_negative_rate if spurious else false_positive_rate)
+        verdicts[region] = "no" if spurious != wrong else "yes"
+        truth = "overlaps the spurious feature" if spurious else "does not overlap the spurious feature"
+        error = " This verdict is wrong on purpose." if wrong else ""
+        lines.append(f"The {COLOUR_NAMES[region]} region {truth}.{error}")
+    return _with_verdicts(lines, verdicts)
+
+
+def judge_by_rules(critique: str, regions: list[int]) -> dict[int, str]:
+    """Read the verdicts from a stand-in's critique: its last line, "Verdicts: red - yes; blue - no".
+
+    Raises:
+        ValueError: there is no such line, or a region's colour is missing, doubled or unknown.
+    """
+    found = re.fullmatch(r"Verdicts: (.+)", critique.rstrip().rpartition("\n")[2])
+    if not found:
+        raise ValueError("the last line states no verdicts")
+    verdicts: dict[str, str] = {}
+    for entry in found[1].split("; "):
+        match = re.fullmatch(r"([a-z]+) - (yes|no)", entry)
+        if not match or match[1] in verdicts:
+            raise ValueError(f"'{entry}' is no single verdict 'colour - yes' or 'colour - no'")
+        verdicts[match[1]] = match[2]
+    wanted = [COLOUR_NAMES[region] for region in regions]
+    if sorted(verdicts) != sorted(wanted):
+        raise ValueError(f"verdicts for {', '.join(sorted(verdicts))}; expected {', '.join(sorted(wanted))}")
+    return {region: verdicts[COLOUR_NAMES[region]] for region in regions}
+
+
+def _with_verdicts(lines: list[str], verdicts: Mapping[int, str]) -> str:
+    stated = "; ".join(f"{COLOUR_NAMES[region]} - {verdict}" for region, verdict in verdicts.items())
+    return "\n".join([*lines, f"Verdicts: {stated}"])
+
+
+def _draw(seed: int, sample: str, region: int) -> float:
+    """A number in [0, 1) that depends on its three arguments alone."""
+    digest = hashlib.sha256(f"{seed}/{region}/{sample}".encode()).digest()
+    return int.from_bytes(digest[:7], "big") / 2**56

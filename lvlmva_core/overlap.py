@@ -1,0 +1,49 @@
+"""When a region counts as spurious: one rule, shared by the oracle critic and the metrics."""
+
+from typing import Literal, get_args
+
+import numpy as np
+
+Overlap = Literal["any", "half_of_feature", "majority_of_attribution"]
+NO_REGION = 255
+
+
+def overlaps(segments: np.ndarray, spurious_mask: np.ndarray, attribution: np.ndarray, rule: str) -> dict[int, bool]:
+    """Say for each region that is present whether it counts as overlapping the spurious feature.
+
+    Verdict accuracy hangs on this rule, which LVLM-VA §5 leaves open; a figure means something only beside its name.
+
+    Args:
+        segments: (H, W) integers, region of each pixel; 255 = none.
+        spurious_mask: (H, W) bool, True where the spurious feature lies.
+        attribution: (H, W) float; its positive part is what the regions were fitted to (LVLM-VA §4.1).
+        rule: "any": the region holds at least one pixel of the feature. "half_of_feature": it holds at least half of
+            the feature's pixels. "majority_of_attribution": more than half of its positive attribution lies on the
+            feature. No rule holds where the mask is empty.
+
+    Returns:
+        region -> bool, in rising order of regions.
+
+    Raises:
+        ValueError: an unknown rule, or shapes that differ.
+    """
+    if rule not in get_args(Overlap):
+        raise ValueError(f"unknown overlap rule '{rule}'; expected one of {', '.join(get_args(Overlap))}")
+    if not segments.shape == spurious_mask.shape == attribution.shape:
+        raise ValueError(
+            f"segments {segments.shape}, spurious_mask {spurious_mask.shape} and attribution {attribution.shape} "
+            "must have one shape (H, W)"
+        )
+    feature = spurious_mask.astype(bool)
+    effect = np.maximum(attribution.astype(np.float64), 0.0)
+    result = {}
+    for region in (int(label) for label in np.unique(segments) if label != NO_REGION):
+        inside = segments == region
+        held = int((inside & feature).sum())
+        if rule == "any":
+            result[region] = held > 0
+        elif rule == "half_of_feature":
+            result[region] = held > 0 and 2 * held >= int(feature.sum())
+        else:
+            result[region] = bool(2 * effect[inside & feature].sum() > effect[inside].sum())
+    return result

@@ -1,0 +1,107 @@
+"""Stage critique: what the Critic says about the regions of each alignment sample."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from lvlmva_core.arrays import read_array, read_attrs
+from lvlmva_core.config import Critique, load_params
+from lvlmva_core.errors import InputError
+from lvlmva_core.lvlm.offline import criticise_by_oracle, criticise_by_rules
+from lvlmva_core.lvlm.records import Row, segmentation_digest, write_rows
+from lvlmva_core.render import COLOUR_NAMES, regions_present
+from lvlmva_core.samples import read_class_names, read_images, read_samples, read_spurious_masks, rows_of_ids
+from stages.entry import run
+
+
+def critique(
+    params: Path,
+    images: Path,
+    samples: Path,
+    segments: Path,
+    attributions: Path,
+    spurious_masks: Path,
+    prompts: Path,
+    out: Path,
+) -> None:
+    """Have the regions of each alignment sample criticised."""
+    config = load_params(params).critique
+    attrs = read_attrs(segments)
+    ids = list(attrs["ids"])
+    table = read_samples(samples)
+    places = rows_of_ids(table, ids)
+    labels = table["label"].to_numpy()[places]
+    class_names = read_class_names(images)
+    label_maps, pictures = read_array(segments, "segments"), read_images(images, places)
+    rows = [
+        _row(config, sample, label_map, status, int(label), class_names)
+        for sample, label_map, status, label in zip(ids, label_maps, attrs["status"], labels, strict=True)
+    ]
+    if config.critic == "rules":
+        for place, row in _with_regions(rows):
+            row["critique"] = criticise_by_rules(pictures[place], label_maps[place])
+    elif config.critic == "oracle":
+        _ask_oracle(config, rows, label_maps, ids, attributions, spurious_masks, places)
+    write_rows(out, rows)
+
+
+def _row(config: Critique, sample: str, label_map: np.ndarray, status: str, label: int, class_names: list[str]) -> Row:
+    """A row without a critique yet; its failure is set where there is nothing to ask about."""
+    regions = regions_present(label_map)
+    return {
+        "sample": sample,
+        "segmentation": segmentation_digest(label_map),
+        "regions": [{"region": region, "color": COLOUR_NAMES[region]} for region in regions],
+        "class_name": class_names[label],
+        "critic": config.critic,
+        "settings": {},
+        "critique": None,
+        "failure": None if regions else f"no region to judge (segmentation: {status})",
+        "record": None,
+    }
+
+
+def _with_regions(rows: list[Row]) -> Iterator[tuple[int, Row]]:
+    """Place and row of each sample that has a region to ask about."""
+    return ((place, row) for place, row in enumerate(rows) if row["failure"] is None)
+
+
+def _ask_oracle(
+    config: Critique,
+    rows: list[Row],
+    label_maps: np.ndarray,
+    ids: list[str],
+    attributions: Path,
+    spurious_masks: Path,
+    places: np.ndarray,
+) -> None:
+    if read_attrs(attributions)["ids"] != ids:
+        raise InputError(f"{attributions}: other samples than the segmentations; rerun `dvc repro segment`")
+    masks, known = read_spurious_masks(spurious_masks, places)
+    if not known.all():
+        sample = ids[int(np.flatnonzero(~known)[0])]
+        raise InputError(f"critique.critic 'oracle' needs the true mask of '{sample}', which is unknown; use another")
+    settings = {
+        "overlap": config.overlap,
+        "false_positive_rate": config.false_positive_rate,
+        "false_negative_rate": config.false_negative_rate,
+        "seed": config.seed,
+    }
+    effects = read_array(attributions, "attributions")
+    for place, row in _with_regions(rows):
+        row["settings"] = settings
+        row["critique"] = criticise_by_oracle(
+            row["sample"],
+            label_maps[place],
+            masks[place],
+            effects[place],
+            rule=config.overlap,
+            false_positive_rate=config.false_positive_rate,
+            false_negative_rate=config.false_negative_rate,
+            seed=config.seed,
+        )
+
+
+if __name__ == "__main__":
+    run(critique)
