@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -14,7 +14,7 @@ from lvlmva_core.attribution import deep_lift_shap
 from lvlmva_core.config import Params, load_params
 from lvlmva_core.metrics import alignment_score, group_accuracies, mean_and_std, verdict_quality
 from lvlmva_core.models import load_checkpoint, predict_logits
-from lvlmva_core.overlap import RULES, overlaps
+from lvlmva_core.overlap import Overlap, overlaps
 from lvlmva_core.samples import read_samples, read_spurious_masks, rows_of_ids
 from lvlmva_core.training import set_up_compute
 from stages.data import sample_tensors, split_tensors
@@ -144,7 +144,7 @@ def _verdicts(
         "samples_failed": sum(record["failure"] is not None for record in records),
         "samples_with_true_mask": int(known.sum()),
     }
-    for rule in RULES:
+    for rule in get_args(Overlap):
         judged, truth = [], []
         for record in records:
             row = place[record["sample"]]

@@ -84,5 +84,5 @@ def test_stratified_selection_takes_the_lowest_of_each_class() -> None:
 def test_selection_refuses_more_than_there_is() -> None:
     with pytest.raises(InputError, match=r"rank\.n_samples = 61 is larger than the training set \(60"):
         select_alignment_set(_candidates(), 61, "low_entropy", stratify=False, seed=0)
-    with pytest.raises(InputError, match="class . has .* fewer than its share"):
+    with pytest.raises(InputError, match=r"class . has .* fewer than its share"):
         select_alignment_set(_candidates(), 60, "low_entropy", stratify=True, seed=0)
