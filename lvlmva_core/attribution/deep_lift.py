@@ -140,7 +140,9 @@ def check_arguments(model: nn.Module, inputs: Tensor, baselines: Tensor, target:
     if inputs.ndim < 2 or len(inputs) == 0:
         raise InputError(f"inputs have shape {tuple(inputs.shape)}, expected (B, C, H, W) with B > 0")
     if baselines.shape[1:] != inputs.shape[1:] or len(baselines) == 0:
-        raise InputError(f"baselines have shape {tuple(baselines.shape)}, expected (R, *{tuple(inputs.shape[1:])}), R > 0")
+        raise InputError(
+            f"baselines have shape {tuple(baselines.shape)}, expected (R, *{tuple(inputs.shape[1:])}), R > 0"
+        )
     for name, tensor in (("baselines", baselines), *model.named_parameters(), *model.named_buffers()):
         if tensor.device != inputs.device:
             raise InputError(f"{name} is on {tensor.device}, the inputs on {inputs.device}; move them to one device")

@@ -660,7 +660,9 @@ def _check_elementwise_rows(node: Node) -> None:
 
 
 def _check_padding(node: Node) -> None:
-    if (node.output_shapes[0] or (0,))[0] != node.input_shapes[0][0] or len(node.args[1]) >= 2 * len(node.input_shapes[0]):
+    if (node.output_shapes[0] or (0,))[0] != node.input_shapes[0][0] or len(node.args[1]) >= 2 * len(
+        node.input_shapes[0]
+    ):
         raise refuse(node, "pads the first dimension, which holds the samples")
 
 

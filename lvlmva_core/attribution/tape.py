@@ -91,7 +91,7 @@ def record(model: nn.Module, inputs: Tensor, rules: Mapping[OpOverload, Rule], c
     """
     recorder = _Recorder(model, inputs.shape[0], rules, constant_ops)
     with ExitStack() as stack:
-        stack.enter_context(_eval_mode(model))
+        stack.enter_context(eval_mode(model))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(inputs.device.type, enabled=False))
         stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
@@ -248,7 +248,8 @@ def _place(names: dict[int, str]) -> str:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> "Iterator[None]":
+def eval_mode(model: nn.Module) -> "Iterator[None]":
+    """Eval mode for as long as the context lasts; each module's own mode is restored after."""
     # flags are set one by one: a module's own train() may do more than set a flag
     modes = [(module, module.training) for module in model.modules()]
     try:

@@ -1,0 +1,119 @@
+"""Explanation maps by name: one interface for all, so that regions can be cut from any of them."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lvlmva_core.attribution.deep_lift import Explanation, check_arguments, explain
+from lvlmva_core.attribution.tape import eval_mode
+
+
+class Method(NamedTuple):
+    """A way to explain a logit.
+
+    version: goes up whenever the maps change, so that stored ones are not taken for new ones.
+    complete: the maps add up to the difference of outputs but for rounding; where False, the gap is a property of the
+        method and no error.
+    settings: keys of the section `attribute` that change the maps.
+    explain: (model, inputs, baselines, targets, batch_size, integration_steps) -> Explanation.
+    """
+
+    version: int
+    complete: bool
+    settings: tuple[str, ...]
+    explain: Callable[[nn.Module, Tensor, Tensor, Tensor, int, int], Explanation]
+
+
+def gradient(model: nn.Module, inputs: Tensor, targets: int | Tensor) -> Tensor:
+    """Gradient of the target logit with respect to each input, (B, C, H, W), in eval mode (Simonyan et al. 2014)."""
+    return _gradient(model, inputs, check_arguments(model, inputs, inputs[:1], targets))[0]
+
+
+def integrated_gradients(
+    model: nn.Module, inputs: Tensor, baselines: Tensor, targets: int | Tensor, *, steps: int, batch_size: int
+) -> Tensor:
+    """Integrated gradients (Sundararajan et al. 2017), the mean over baselines, by captum with Gauss-Legendre steps.
+
+    Args: as `deep_lift_shap`; batch_size counts the images of one forward and backward pass.
+
+    Returns:
+        (B, C, H, W); adds up to the difference of outputs but for the error of `steps` points of integration.
+    """
+    from captum.attr import IntegratedGradients
+
+    wanted = check_arguments(model, inputs, baselines, targets)
+    with eval_mode(model):
+        captum = IntegratedGradients(model, multiply_by_inputs=True)
+        total = torch.zeros_like(inputs)
+        for baseline in baselines:
+            total += captum.attribute(
+                inputs,
+                baseline[None],
+                target=wanted,
+                n_steps=steps,
+                method="gausslegendre",
+                internal_batch_size=max(batch_size, len(inputs)),
+            ).to(inputs.dtype)
+    return total.detach() / len(baselines)
+
+
+def _gradient(model: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    with eval_mode(model), torch.enable_grad():
+        at = inputs.detach().clone().requires_grad_()
+        output = model(at).gather(1, targets[:, None])[:, 0]
+        (slope,) = torch.autograd.grad(output.sum(), at)
+    return slope, output.detach()
+
+
+def _expected(model: nn.Module, baselines: Tensor, targets: Tensor, batch_size: int) -> Tensor:
+    with eval_mode(model), torch.no_grad():
+        logits = torch.cat([model(part) for part in baselines.split(batch_size)])
+    return logits.mean(0)[targets]
+
+
+def _explain_gradient(
+    model: nn.Module, inputs: Tensor, baselines: Tensor, targets: Tensor, batch_size: int, steps: int
+) -> Explanation:
+    parts = [_gradient(model, inputs[n : n + 1], targets[n : n + 1]) for n in range(len(inputs))]
+    maps, outputs = torch.cat([slope for slope, _ in parts]), torch.cat([output for _, output in parts])
+    return Explanation(maps, outputs, _expected(model, baselines, targets, batch_size))
+
+
+def _explain_gradient_x_input(
+    model: nn.Module, inputs: Tensor, baselines: Tensor, targets: Tensor, batch_size: int, steps: int
+) -> Explanation:
+    found = _explain_gradient(model, inputs, baselines, targets, batch_size, steps)
+    return Explanation(found.attributions * inputs, found.output, found.expected)
+
+
+def _explain_integrated_gradients(
+    model: nn.Module, inputs: Tensor, baselines: Tensor, targets: Tensor, batch_size: int, steps: int
+) -> Explanation:
+    maps = [
+        integrated_gradients(
+            model, inputs[n : n + 1], baselines, targets[n : n + 1], steps=steps, batch_size=batch_size
+        )
+        for n in range(len(inputs))
+    ]
+    outputs = torch.cat([_gradient(model, inputs[n : n + 1], targets[n : n + 1])[1] for n in range(len(inputs))])
+    return Explanation(torch.cat(maps), outputs, _expected(model, baselines, targets, batch_size))
+
+
+def _explain_deep_lift_shap(
+    model: nn.Module, inputs: Tensor, baselines: Tensor, targets: Tensor, batch_size: int, steps: int
+) -> Explanation:
+    # one sample a pass: its map has the same bits whatever else is explained beside it
+    return explain(model, inputs, baselines, targets, batch_size=batch_size, samples_at_once=1)
+
+
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {
+        "deep_lift_shap": Method(1, True, (), _explain_deep_lift_shap),
+        "gradient": Method(1, False, (), _explain_gradient),
+        "gradient_x_input": Method(1, False, (), _explain_gradient_x_input),
+        "integrated_gradients": Method(1, False, ("integration_steps",), _explain_integrated_gradients),
+    }
+)
