@@ -1,8 +1,10 @@
 """How every stage is called: options from dvc.yaml, one line for a user's mistake."""
 
+import functools
+import inspect
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -17,7 +19,7 @@ def run(stage: Callable[..., Any]) -> None:
     spec = sys.modules["__main__"].__spec__
     name = spec.name if spec else stage.__module__
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(help=stage.__doc__)(stage)
+    app.command(help=stage.__doc__)(_with_options(stage))
     try:
         app(standalone_mode=False)
     except InputError as error:
@@ -25,3 +27,19 @@ def run(stage: Callable[..., Any]) -> None:
         raise SystemExit(1) from None
     except typer.Abort:
         raise SystemExit(130) from None
+
+
+def _with_options(stage: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function with every parameter declared an option: typer would take those without default for arguments."""
+
+    @functools.wraps(stage)
+    def command(**options: Any) -> Any:
+        return stage(**options)
+
+    signature = inspect.signature(stage, eval_str=True)
+    options = [
+        parameter.replace(annotation=Annotated[parameter.annotation, typer.Option()], kind=inspect.Parameter.KEYWORD_ONLY)
+        for parameter in signature.parameters.values()
+    ]
+    command.__signature__ = signature.replace(parameters=options)  # type: ignore[attr-defined]
+    return command
