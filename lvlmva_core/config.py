@@ -30,20 +30,63 @@ class Compute(Section):
     threads: Count
 
 
-class Prepare(Section):
-    """Which dataset, and how it is split and decoyed."""
+class Knee(Section):
+    """How many knees a class, and on which share of the training knees a lead marker stands."""
 
-    dataset: Literal["decoy_digits", "decoy_mnist"]
+    train_per_class: Count
+    val_per_class: Count
+    test_per_class: Count
+    tag_share_healthy: Share
+    tag_share_arthritic: Share
+    negatives: Literal["leave_out", "invert"]
+
+
+class Skin(Section):
+    """How many lesions a class, which bandages, and on which share of the training pictures they lie."""
+
+    train_per_class: Count
+    val_per_class: Count
+    test_per_class: Count
+    bandages: Literal["real", "pasted"]
+    bandage_share_benign: Share
+    bandage_share_malignant: Share
+
+    @model_validator(mode="after")
+    def _real_bandages_are_on_benign_lesions(self) -> "Skin":
+        if self.bandages == "real" and self.bandage_share_malignant > 0:
+            raise ValueError("bandage_share_malignant must be 0 with bandages 'real': there are none on malignant lesions")
+        return self
+
+
+class Prepare(Section):
+    """Which dataset, and how it is split and decoyed. image_size and the own section are for knee and skin alone."""
+
+    dataset: Literal["decoy_digits", "decoy_mnist", "knee", "skin"]
     root: str | None
     seed: Seed
+    image_size: Annotated[int, Field(ge=32, le=1024)] | None = None
+    knee: Knee | None = None
+    skin: Skin | None = None
+
+    @model_validator(mode="after")
+    def _settings_fit_the_dataset(self) -> "Prepare":
+        own = {"knee": self.knee, "skin": self.skin}
+        for name, section in own.items():
+            if (section is None) == (self.dataset == name):
+                raise ValueError(f"dataset '{self.dataset}' needs exactly its own section; see prepare.{name} in presets")
+        if (self.image_size is None) == (self.dataset in own):
+            raise ValueError("image_size must be set for knee and skin, and for no other dataset")
+        return self
 
 
 class Train(Section):
     """Cross-entropy training of the base model."""
 
-    model: Literal["mlp"]
+    model: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    weights: str | None = None
     hidden: Count
     learning_rate: Positive
+    weight_decay: NonNegative = 0.0
     batch_size: Count
     epochs: Count
     seed: Seed
@@ -61,10 +104,11 @@ class Rank(Section):
 class Attribute(Section):
     """Explanation maps of the alignment samples."""
 
-    method: Literal["deep_lift_shap"]
+    method: Literal["deep_lift_shap", "gradient", "gradient_x_input", "integrated_gradients"]
     n_baselines: Count
     batch_size: Count
     completeness_tolerance: Positive
+    integration_steps: Count
     seed: Seed
 
 
