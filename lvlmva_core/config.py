@@ -54,7 +54,7 @@ class Skin(Section):
     @model_validator(mode="after")
     def _real_bandages_are_on_benign_lesions(self) -> "Skin":
         if self.bandages == "real" and self.bandage_share_malignant > 0:
-            raise ValueError("bandage_share_malignant must be 0 with bandages 'real': there are none on malignant lesions")
+            raise ValueError("bandage_share_malignant must be 0 with bandages 'real': no malignant lesion has one")
         return self
 
 
@@ -73,7 +73,7 @@ class Prepare(Section):
         own = {"knee": self.knee, "skin": self.skin}
         for name, section in own.items():
             if (section is None) == (self.dataset == name):
-                raise ValueError(f"dataset '{self.dataset}' needs exactly its own section; see prepare.{name} in presets")
+                raise ValueError(f"dataset '{self.dataset}' needs its own section alone; see prepare.{name} in presets")
         if (self.image_size is None) == (self.dataset in own):
             raise ValueError("image_size must be set for knee and skin, and for no other dataset")
         return self

@@ -17,7 +17,10 @@ def prepare(params: Path, images: Path, samples: Path, spurious_masks: Path) -> 
         "spurious_feature": dataset.spurious_feature,
     }
     write_arrays(images, {"images": dataset.images}, attrs)
-    write_arrays(spurious_masks, {"spurious_masks": dataset.spurious_masks, "known": dataset.known}, attrs)
+    masks = {"spurious_masks": dataset.spurious_masks, "known": dataset.known}
+    if dataset.object_masks is not None:
+        masks["object_masks"] = dataset.object_masks
+    write_arrays(spurious_masks, masks, attrs)
     write_table(samples, dataset.samples)
 
 

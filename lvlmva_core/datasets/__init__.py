@@ -21,6 +21,7 @@ class Dataset:
     images: uint8 (N, C, H, W). samples: the table that `lvlmva_core.samples.read_samples` describes.
     spurious_masks: bool (N, H, W), True on the spurious feature; known: bool (N,), False where the mask is not known.
     spurious_feature: what the feature is, in words, for reports.
+    object_masks: bool (N, H, W), True on the object that the class is about (a lesion), or None where nobody drew it.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Dataset:
     samples: pd.DataFrame
     spurious_masks: np.ndarray
     known: np.ndarray
+    object_masks: np.ndarray | None = None
 
 
 def prepare_dataset(config: Prepare) -> Dataset:
@@ -54,6 +56,7 @@ def assemble(
     images: np.ndarray,
     spurious_masks: np.ndarray,
     known: np.ndarray,
+    object_masks: np.ndarray | None = None,
 ) -> Dataset:
     """Put columns and arrays of equal length into one data set, sorted by sample id."""
     order = np.argsort(np.asarray(ids, dtype=str), kind="stable")
@@ -76,7 +79,14 @@ def assemble(
         if not (table["split"] == wanted).any():
             raise InputError(f"data set '{name}' has no '{wanted}' split; see what `prepare.root` points to")
     return Dataset(
-        name, class_names, spurious_feature, images, table[COLUMNS], spurious_masks[order].astype(bool), known[order]
+        name,
+        class_names,
+        spurious_feature,
+        images,
+        table[COLUMNS],
+        spurious_masks[order].astype(bool),
+        known[order],
+        None if object_masks is None else object_masks[order].astype(bool),
     )
 
 
@@ -94,6 +104,30 @@ def _decoy_mnist(config: Prepare) -> Dataset:
     return decoy_mnist(Path(config.root), config.seed)
 
 
+def _knee(config: Prepare) -> Dataset:
+    from lvlmva_core.datasets.knee import knee
+
+    assert config.knee is not None  # config.Prepare sees to both
+    assert config.image_size is not None
+    return knee(_root(config), config.knee, config.image_size, config.seed)
+
+
+def _skin(config: Prepare) -> Dataset:
+    from lvlmva_core.datasets.skin import skin
+
+    assert config.skin is not None
+    assert config.image_size is not None
+    return skin(_root(config), config.skin, config.image_size, config.seed)
+
+
+def _root(config: Prepare) -> Path:
+    if config.root is None:
+        raise InputError(
+            f"prepare.root is null: set it to the folder or tar of the {config.dataset} set (docs/data.md)"
+        )
+    return Path(config.root).expanduser()
+
+
 REGISTRY: Mapping[str, Callable[[Prepare], Dataset]] = MappingProxyType(
-    {"decoy_digits": _decoy_digits, "decoy_mnist": _decoy_mnist}
+    {"decoy_digits": _decoy_digits, "decoy_mnist": _decoy_mnist, "knee": _knee, "skin": _skin}
 )

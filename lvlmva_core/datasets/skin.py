@@ -1,0 +1,170 @@
+"""Skin lesions with coloured bandages at the edge, mostly beside benign ones in training (LVLM-VA §5.2)."""
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from lvlmva_core.config import Skin
+from lvlmva_core.datasets import Dataset, assemble
+from lvlmva_core.datasets.balance import choose_per_group, shares_to_counts
+from lvlmva_core.datasets.pictures import inside, opened, read_coverage, read_csv, read_picture
+from lvlmva_core.errors import InputError
+
+CLASSES = ["benign", "malignant"]
+FEATURE = "a coloured bandage at the edge of the picture"
+SPLITS = ("train", "val", "test")
+DONOR_SHARES = {"train": 0.6, "val": 0.15, "test": 0.25}  # of the pictures that bandages are cut from
+PLACES = 8  # tried for a bandage; the one that hides least of the lesion is taken
+
+
+def skin(root: Path, config: Skin, size: int, seed: int) -> Dataset:
+    """Dermoscopic pictures, benign or malignant, `size` pixels a side, RGB, with a bandage on some.
+
+    `root` is a folder or tar archive with `metadata.csv` (columns image_id, label, bandage: 0 | 1), `images/<id>.jpg`,
+    and where known `lesion_masks/<id>.png` and `bandage_masks/<id>.png`.
+
+    `bandages: real` takes the pictures as they are; the mask of a bandage is known only where somebody drew it, and
+    the group of malignant lesions with a bandage stays empty. `bandages: pasted` leaves out the pictures that show a
+    bandage and lays bandages cut from them at the edges of others, in both classes alike, so that the paste itself
+    tells nothing; a bandage is used in one split only. In train they lie on `bandage_share_benign` and
+    `bandage_share_malignant` of the classes, in val and test on half of each (real: of the benign).
+
+    Raises:
+        InputError: files are missing or damaged, or there are too few pictures or bandages.
+    """
+    with opened(root) as folder:
+        table = read_csv(folder / "metadata.csv", ["image_id", "label", "bandage"])
+        table = table.sort_values("image_id", kind="stable", ignore_index=True)
+        if not table["label"].isin(CLASSES).all() or not table["bandage"].isin(["0", "1"]).all():
+            raise InputError(f"{folder / 'metadata.csv'}: label must be benign or malignant, and bandage 0 or 1")
+        if table["image_id"].duplicated().any():
+            raise InputError(f"{folder / 'metadata.csv'}: an image_id stands there twice")
+        ids = table["image_id"].tolist()
+        label = (table["label"] == "malignant").to_numpy().astype(np.int64)
+        flagged = (table["bandage"] == "1").to_numpy()
+        rows, split, wanted = _chosen(config, label, flagged, seed)
+        pictures = np.stack([read_picture(inside(folder, f"images/{ids[row]}.jpg"), size, colour=True) for row in rows])
+        lesions = np.stack([_mask_of(folder, "lesion_masks", ids[row], size) for row in rows]) >= 0.5
+        masks = np.zeros(lesions.shape, dtype=bool)
+        known = np.ones(len(rows), dtype=bool)
+        if config.bandages == "pasted":
+            donors = _donors(folder, [name for name, has in zip(ids, flagged, strict=True) if has], size, seed)
+            for place in np.flatnonzero(wanted):
+                rng = np.random.default_rng([seed, 2, zlib.crc32(ids[rows[place]].encode())])
+                own = donors[split[place]]
+                bandage, coverage = own[int(rng.integers(len(own)))]
+                pictures[place], masks[place] = add_bandage(pictures[place], bandage, coverage, lesions[place], rng)
+        else:
+            for place in np.flatnonzero(wanted):
+                known[place] = (folder / "bandage_masks" / f"{ids[rows[place]]}.png").exists()
+                masks[place] = _mask_of(folder, "bandage_masks", ids[rows[place]], size) >= 0.5
+    return assemble(
+        "skin",
+        CLASSES,
+        FEATURE,
+        ids=[f"{s}-{ids[row]}" for s, row in zip(split, rows, strict=True)],
+        split=split,
+        label=label[rows],
+        spurious=wanted,
+        source=[f"images/{ids[row]}.jpg" for row in rows],
+        images=pictures,
+        spurious_masks=masks,
+        known=known,
+        object_masks=lesions,
+    )
+
+
+def add_bandage(
+    picture: np.ndarray, bandage: np.ndarray, coverage: np.ndarray, lesion: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Lay a bandage at an edge: turned, mirrored, moved along its edge and made lighter or darker, drawn from `rng`.
+
+    Args:
+        picture, bandage: uint8 (3, H, W), H = W; the bandage where it was. coverage: float (H, W), 0..1, its opacity.
+        lesion: bool (H, W), hidden as little as PLACES draws allow.
+
+    Returns:
+        (picture, mask): uint8 (3, H, W); bool (H, W), True on every pixel that the bandage covers in part or whole.
+    """
+    places: list[tuple[int, int, np.ndarray]] = []
+    for _ in range(PLACES):
+        turns, mirrored = int(rng.integers(4)), bool(rng.integers(2))
+        layers = np.rot90(np.concatenate([bandage, 255 * coverage[None]]), turns, axes=(1, 2))
+        layers = layers[:, :, ::-1] if mirrored else layers
+        layers = _moved_along_its_edge(layers, rng.random())
+        places.append((int((lesion & (layers[3] > 0)).sum()), len(places), layers))
+    layers = min(places, key=lambda entry: entry[:2])[2]
+    opacity = layers[3] / 255
+    colour = np.clip(layers[:3] * rng.uniform(0.9, 1.1), 0, 255)
+    return np.round(opacity * colour + (1 - opacity) * picture).astype(np.uint8), opacity > 0
+
+
+def _moved_along_its_edge(layers: np.ndarray, place: float) -> np.ndarray:
+    """Move layers (4, H, W) along the edge that most of the last one lies on; place 0..1.
+
+    Where the bandage was cut off by a corner it stays, lest the straight cut be seen.
+    """
+    shown = layers[3] > 0
+    edges = [shown[0].sum(), shown[-1].sum(), shown[:, 0].sum(), shown[:, -1].sum()]
+    along = 1 if max(edges[:2]) >= max(edges[2:]) else 0  # axis of `shown` to move along
+    extent = np.flatnonzero(shown.any(axis=1 - along))
+    first, last, size = int(extent[0]), int(extent[-1]), shown.shape[along]
+    if first == 0 or last == size - 1:
+        return layers
+    return np.roll(layers, round(place * (size - 1 - last + first)) - first, axis=along + 1)
+
+
+def _chosen(
+    config: Skin, label: np.ndarray, flagged: np.ndarray, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows, their split, and whether each is to show a bandage; no row twice."""
+    free = np.ones(len(label), dtype=bool)
+    rows: list[int] = []
+    splits: list[str] = []
+    wanted: list[bool] = []
+    for number, split in reversed(list(enumerate(SPLITS))):  # the balanced splits first: they need the rare pictures
+        rng = np.random.default_rng([seed, 1, number])
+        shares = (config.bandage_share_benign, config.bandage_share_malignant) if split == "train" else (0.5, 0.5)
+        for k, name in enumerate(CLASSES):
+            real = config.bandages == "real"
+            plain = np.flatnonzero(free & (label == k) & ~flagged)
+            other = np.flatnonzero(free & (label == k) & flagged) if real else plain
+            share = 0.0 if real and name == "malignant" else shares[k]
+            counts = shares_to_counts(getattr(config, f"{split}_per_class"), share)
+            picked = choose_per_group(
+                [plain, other], counts, rng, f"skin, {split}, {name}: prepare.skin.{split}_per_class"
+            )
+            for has, chosen in enumerate(picked):
+                rows += chosen.tolist()
+                splits += [split] * len(chosen)
+                wanted += [bool(has)] * len(chosen)
+                free[chosen] = False
+    return np.array(rows), np.array(splits), np.array(wanted)
+
+
+def _donors(folder: Path, names: list[str], size: int, seed: int) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
+    """Pictures with their bandages' coverage, dealt to the splits so that no bandage is in two."""
+    masked = [name for name in names if (folder / "bandage_masks" / f"{name}.png").exists()]
+    coverages = {name: _mask_of(folder, "bandage_masks", name, size) for name in masked}
+    masked = [name for name in masked if (coverages[name] >= 0.5).mean() >= 0.01]  # the crop has cut some off
+    order = np.random.default_rng([seed, 3]).permutation(len(masked))
+    ends = np.round(np.cumsum(list(DONOR_SHARES.values())) * len(masked)).astype(int)
+    dealt = {}
+    for split, part in zip(DONOR_SHARES, np.split(order, ends[:-1]), strict=True):
+        if not len(part):
+            raise InputError(
+                f"{folder / 'bandage_masks'}: {len(masked)} masks of bandages, too few to give every split its own; "
+                "set prepare.skin.bandages to real, or add masks"
+            )
+        chosen = [masked[place] for place in part]
+        dealt[split] = [
+            (read_picture(inside(folder, f"images/{name}.jpg"), size, colour=True), coverages[name]) for name in chosen
+        ]
+    return dealt
+
+
+def _mask_of(folder: Path, kind: str, name: str, size: int) -> np.ndarray:
+    """Coverage 0..1, zero everywhere where nobody drew a mask."""
+    path = inside(folder, f"{kind}/{name}.png")
+    return read_coverage(path, size) if path.exists() else np.zeros((size, size))
