@@ -30,7 +30,7 @@ def run(stage: Callable[..., Any]) -> None:
 
 
 def _with_options(stage: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function with every parameter declared an option: typer would take those without default for arguments."""
+    """The same function with every parameter an option: typer would make arguments of those without a default."""
 
     @functools.wraps(stage)
     def command(**options: Any) -> Any:
@@ -38,8 +38,8 @@ def _with_options(stage: Callable[..., Any]) -> Callable[..., Any]:
 
     signature = inspect.signature(stage, eval_str=True)
     options = [
-        parameter.replace(annotation=Annotated[parameter.annotation, typer.Option()], kind=inspect.Parameter.KEYWORD_ONLY)
-        for parameter in signature.parameters.values()
+        each.replace(annotation=Annotated[each.annotation, typer.Option()], kind=inspect.Parameter.KEYWORD_ONLY)
+        for each in signature.parameters.values()
     ]
     command.__signature__ = signature.replace(parameters=options)  # type: ignore[attr-defined]
     return command

@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from lvlmva_core.render import render_image, render_overlay, render_segmentation
 from matplotlib.figure import Figure
 
 from lvlmva_core.arrays import read_array, read_attrs, read_json
 from lvlmva_core.attribution import deep_lift_shap
 from lvlmva_core.config import Params, load_params
 from lvlmva_core.models import load_checkpoint
+from lvlmva_core.render import render_image, render_overlay, render_segmentation
 from lvlmva_core.report.figures import curves_figure, outcome_figure, panel_figure, save_figure
 from lvlmva_core.report.page import Table, render_page
 from lvlmva_core.samples import read_class_names, read_images, read_samples, rows_of_ids
@@ -61,7 +61,7 @@ def report(
     )
     keep(
         "panel",
-        "Alignment samples with the largest masked share of positive attribution; red raises the class's logit.",
+        "Alignment samples, class by class in turn, most masked attribution first; red raises the logit.",
         _panel(loaded, device, who, images, samples, attributions, segments, masks, aligned),
     )
     tables_of_curves = {name: pd.read_csv(path) for name, _, path in (entry.partition("=") for entry in curves)}
@@ -100,7 +100,8 @@ def _panel(
     corrections = read_array(masks, "masks")
     positive = np.maximum(maps, 0)
     masked_share = (positive * corrections).sum(axis=(1, 2)) / positive.sum(axis=(1, 2))
-    chosen = np.argsort(-masked_share, kind="stable")[: loaded.report.panel_samples]
+    chosen = _most_masked_of_each_class(masked_share, table["label"].to_numpy()[rows_of_ids(table, masked_ids)])
+    chosen = chosen[: loaded.report.panel_samples]
     ids = [masked_ids[row] for row in chosen]
     pixels, labels, _ = sample_tensors(images, table, ids, device)
     baselines, _, _ = sample_tensors(images, table, list(map_attrs["baseline_ids"]), device)
@@ -123,6 +124,13 @@ def _panel(
         after=list(after.sum(1).cpu().numpy()),
         caption=who,
     )
+
+
+def _most_masked_of_each_class(masked_share: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Rows by falling masked share, class by class in turn, so that a panel shows many classes."""
+    order = pd.DataFrame({"share": masked_share, "label": labels}).sort_values("share", ascending=False, kind="stable")
+    order["turn"] = order.groupby("label").cumcount()
+    return order.sort_values(["turn", "share"], ascending=[True, False], kind="stable").index.to_numpy()
 
 
 def _bars(methods: dict[str, Any], metric: str) -> dict[str, tuple[float, float]]:
