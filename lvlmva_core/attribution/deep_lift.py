@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lvlmva_core.attribution.rules import (
     CONSTANT_OPS,
+    RESHAPES,
     ROWS_IN_ARGUMENTS,
     RULES,
     Step,
@@ -258,7 +259,7 @@ def _check_same_computation(tape: Tape, baseline: Tape) -> None:
     if len(tape.nodes) != len(baseline.nodes) or tape.result != baseline.result:
         raise UnsupportedOperation("the model runs other operations for the inputs than for the baselines; it must not")
     for x, y in zip(tape.nodes, baseline.nodes, strict=True):
-        same = x.op is y.op and x.inputs == y.inputs and len(x.args) == len(y.args)
+        same = (x.op is y.op or {x.op, y.op} <= RESHAPES) and x.inputs == y.inputs and len(x.args) == len(y.args)
         same = same and _per_sample(x, tape.samples) == _per_sample(y, baseline.samples)
         if same and x.op not in ROWS_IN_ARGUMENTS:
             pairs = [*zip(x.args, y.args, strict=True), *((x.kwargs[k], y.kwargs.get(k)) for k in x.kwargs)]

@@ -20,7 +20,8 @@ from lvlmva_core.attribution.tape import Node, Rule, Value, refuse
 
 aten = torch.ops.aten
 
-_BLOCK = 1 << 17  # elements of a block of pairs on a CPU: the temporaries of a rule stay in cache
+_SERIAL = (1 << 15) - 1  # elements: PyTorch starts no second thread for so few, and temporaries stay in cache
+_MANY_THREADS = 8  # from so many on, blocks are made large enough to use them all
 
 
 @dataclass(frozen=True)
@@ -159,15 +160,6 @@ def _check_expand(node: Node) -> None:
     source, target = node.input_shapes[0], node.output_shapes[0]
     if target is None or len(source) != len(target) or source[0] != target[0]:
         raise refuse(node, "repeats samples")
-
-
-def _identity(step: Step, g: list[Tensor]) -> list[Tensor | None]:
-    return [g[0]]
-
-
-def _check_identity(node: Node) -> None:
-    if node.input_shapes[0] != node.output_shapes[0]:
-        raise refuse(node, "changes the shape")
 
 
 def _cast(step: Step, g: list[Tensor]) -> list[Tensor | None]:
@@ -463,7 +455,9 @@ def _pointwise(multiplier: Callable[[Node], Callable[[Tensor, Tensor], Tensor]])
     def backward(step: Step, g: list[Tensor], owned: bool) -> list[Tensor | None]:
         rule = multiplier(step.x)
         out = g[0]
-        if out.is_cuda or out.numel() <= _BLOCK:
+        threads = torch.get_num_threads()
+        block = _SERIAL if threads < _MANY_THREADS else 2 * _SERIAL * threads
+        if out.is_cuda or out.numel() <= block:
             x, baseline = step.inputs(0)
             return [step.lift(out).mul(rule(x, baseline)).flatten(0, 2)]
         layout = _layout(step.x.saved[0]) or torch.contiguous_format
@@ -472,7 +466,7 @@ def _pointwise(multiplier: Callable[[Node], Callable[[Tensor, Tensor], Tensor]])
         x = _flat(step.x.saved[0].contiguous(memory_format=layout), layout, step.b)
         baseline = _flat(step.baseline.saved[0].contiguous(memory_format=layout), layout, step.r)
         flat = _flat(out, layout, step.pairs).unflatten(0, (step.b, step.r))
-        width = max(_BLOCK // step.r, 1024)
+        width = max(block // step.r, 512)
         for i in range(step.b):
             for start in range(0, flat.shape[-1], width):
                 part = slice(start, start + width)
@@ -497,6 +491,13 @@ def _flat(tensor: Tensor, layout: torch.memory_format, rows: int) -> Tensor:
     return tensor.view(rows, -1)
 
 
+def _unflat(tensor: Tensor, layout: torch.memory_format, shape: tuple[int, ...]) -> Tensor:
+    """What `_flat` undoes: a view with the shape (rows, C, ...)."""
+    if layout is torch.channels_last:
+        return tensor.view(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2)
+    return tensor.view(shape)
+
+
 # ------------------------------------------------------------------------------------- pooling, softmax, normalisation
 
 
@@ -506,19 +507,34 @@ def _max_pool(step: Step, g: list[Tensor]) -> list[Tensor | None]:
     With m = max(o_x, o_b), g·(m - o_b) goes to the input's winner and g·(o_x - m) to the baseline's; one of the two is
     zero, and at the other |Δin| >= |Δout|, so that the multiplier lies in [0, 1]. Overlapping windows accumulate.
     """
-    channels_last = _layout(step.x.saved[0]) is torch.channels_last
-    spatial = step.x.saved[0].ndim - 2
-    (x, base), (x_out, base_out), (x_at, base_at) = (
-        [t.flatten(-spatial).expand(step.b, step.r, *[-1] * 3) for t in step.inputs(i)] for i in range(3)
-    )
+    layout = _layout(step.x.saved[0]) or torch.contiguous_format
+    x, x_out, x_at = (t.unsqueeze(1) for t in _pooled(step.x, step.b, layout))
+    base, base_out, base_at = (t.unsqueeze(0) for t in _pooled(step.baseline, step.r, layout))
+    all_pairs = (step.b, step.r, -1, -1)
     x_wins = x_out > base_out
-    change = torch.where(x_wins, x_out - base.gather(-1, x_at), x.gather(-1, base_at) - base_out)
-    share = torch.where(change == 0, 1.0, (x_out - base_out) / torch.where(change == 0, 1.0, change))
-    winner = torch.where(x_wins, x_at, base_at)
-    sent = step.lift(g[0].flatten(-spatial)) * share
-    out = torch.zeros(x.shape, dtype=sent.dtype, device=sent.device).scatter_add_(-1, winner, sent)
-    out = out.reshape(step.shape(0))
-    return [out.contiguous(memory_format=torch.channels_last) if channels_last else out]
+    change = torch.where(
+        x_wins,
+        x_out - base.expand(all_pairs).gather(-1, x_at.expand(all_pairs)),
+        x.expand(all_pairs).gather(-1, base_at.expand(all_pairs)) - base_out,
+    )
+    no_change = change == 0
+    share = ((x_out - base_out) / change.masked_fill_(no_change, 1.0)).masked_fill_(no_change, 1.0)
+    sent = share.mul_(step.lift(_flat(g[0].contiguous(memory_format=layout), layout, g[0].shape[0])))
+    out = torch.zeros(*sent.shape[:3], x.shape[-1], dtype=sent.dtype, device=sent.device)
+    out.scatter_add_(-1, torch.where(x_wins, x_at, base_at), sent)
+    return [_unflat(out, layout, step.shape(0))]
+
+
+def _pooled(node: Node, samples: int, layout: torch.memory_format) -> list[Tensor]:
+    """Input, output and winners (as places in a sample's memory) of a pooling, each (samples, k, -1)."""
+    values, out, at = (_flat(t.contiguous(memory_format=layout), layout, t.shape[0]) for t in node.saved)
+    channels, places = node.input_shapes[0][1], math.prod(node.input_shapes[0][2:])
+    position = torch.arange(at.shape[1], device=at.device)
+    if layout is torch.channels_last:
+        at = at * channels + position % channels
+    else:
+        at = at + position // (at.shape[1] // channels) * places
+    return [_lift(t, samples) for t in (values, out, at)]
 
 
 def _softmax(step: Step, g: list[Tensor]) -> list[Tensor | None]:
@@ -604,7 +620,8 @@ def _table() -> dict[OpOverload, Rule]:
     add(_rule(_reshape), "view", "_unsafe_view", "reshape", "_reshape_alias")
     add(_rule(_expand, _check_expand), "expand")
     add(_rule(_permute, _check_dims), "permute")
-    add(_rule(_identity, _check_identity), "clone", "detach", "alias", "contiguous", "lift_fresh", "as_strided")
+    identity = Rule(False, False, None, lambda step, g, owned: g, identity=True)
+    add(identity, "clone", "detach", "alias", "contiguous", "lift_fresh", "as_strided")
     add(_rule(_cast, _check_cast), "_to_copy")
     add(
         _rule(_linear, _check_dims),
@@ -681,7 +698,9 @@ CONSTANT_OPS = frozenset(
 )
 
 # operations whose arguments hold the number of rows
+RESHAPES = frozenset(getattr(aten, name).default for name in ("view", "_unsafe_view", "reshape", "_reshape_alias"))
+
 ROWS_IN_ARGUMENTS = frozenset(
     getattr(aten, name).default
-    for name in ("view", "_unsafe_view", "reshape", "_reshape_alias", "expand", "native_group_norm", "as_strided")
+    for name in ("view", "_unsafe_view", "reshape", "_reshape_alias", "expand", "native_group_norm")
 )

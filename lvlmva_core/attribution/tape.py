@@ -67,6 +67,7 @@ class Rule(NamedTuple):
 
     check: called with the node when it is recorded; raises UnsupportedOperation.
     one_output: only the first output counts; the others are statistics that models do not use.
+    identity: the operation moves memory at most (PyTorch does so as the batch size demands), and is not recorded.
     """
 
     save_inputs: bool
@@ -74,6 +75,7 @@ class Rule(NamedTuple):
     check: Callable[[Node], None] | None
     backward: Callable[..., Any]
     one_output: bool = False
+    identity: bool = False
 
 
 def record(model: nn.Module, inputs: Tensor, rules: Mapping[OpOverload, Rule], constant_ops: frozenset[Any]) -> Tape:
@@ -98,7 +100,7 @@ def record(model: nn.Module, inputs: Tensor, rules: Mapping[OpOverload, Rule], c
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_drop, _never_needed))
         # a clone that is no leaf, so that a model may work on its input in place
         start = inputs.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-        start = start.view_as(start)
+        start = torch.ops.aten.alias(start)
         recorder.values[start] = INPUT
         stack.enter_context(recorder)
         output = model(start)
@@ -161,6 +163,12 @@ class _Recorder(TorchDispatchMode):
         )
         if rule.save_inputs:
             self._keep(node, followed)
+        if rule.identity:
+            out = func(*args, **kwargs)
+            if out.shape != followed[0].shape:
+                raise refuse(node, "changes the shape")
+            self.values[args[0] if in_place else out] = self.values[followed[0]]
+            return out
         if in_place:
             self._unshare(args[0])
         out = func(*args, **kwargs)
