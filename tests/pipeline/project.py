@@ -45,7 +45,7 @@ class Project:
 
     @property
     def environment(self) -> dict[str, str]:
-        """This process's, with our interpreter first on PATH, one identity for git, and no store but the clone's own."""
+        """This process's, with our interpreter first on PATH, an identity for git, and no store but the clone's own."""
         environment = {key: value for key, value in os.environ.items() if key not in ("LVLMVA_STORE", "PYTHONPATH")}
         identity = {
             f"GIT_{who}_{what}": "tester@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
