@@ -16,9 +16,17 @@ from lvlmva_core.segmentation import em
 METHOD_VERSION = 1  # to be raised with any change that can move a pixel to another region
 
 NO_REGION = 255  # label of every pixel of a map without weight
-COARSEST = 28  # grids are halved while their longer side has more cells than this
+COARSEST = 14  # cells: grids are halved while their longer side has more
 CELLS_PER_COMPONENT = 8  # starts are compared on the coarsest grid that has this many cells with weight per component
-DEVICE_PIXELS = 2**29  # pixels x components that are held at once on a device other than the CPU
+CONTESTS = (  # grids above the coarsest, starts that remain, EM steps before they are chosen
+    (0, 8, 15),
+    (1, 4, 30),
+    (1, 2, 60),
+    (1, 1, 120),
+)
+ROUGH = 1e-5  # nats that a step must gain for EM to go on while starts are compared
+CPU_PIXELS, DEVICE_PIXELS = 2**18, 2**26  # that a worker takes at once: bounds memory
+CPU_DENSITIES, DEVICE_DENSITIES = 2**18, 2**30  # points x components x mixtures in one operation: fits a core's cache
 
 
 @dataclass(frozen=True)
@@ -52,8 +60,8 @@ def fit_weighted_gmm(
     *,
     seed: int = 0,
     init: tuple[Tensor, Tensor, Tensor] | None = None,
-    n_starts: int = 8,
-    tolerance: float = 1e-7,
+    n_starts: int = 32,
+    tolerance: float = 1e-6,
     max_iterations: int = 5000,
     names: Sequence[str] | None = None,
 ) -> WeightedGMM:
@@ -90,7 +98,7 @@ def fit_weighted_gmm(
         n_starts, n_components, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
     ).to(maps.device)
     settings = _Settings(n_components, uniforms, tolerance, max_iterations)
-    size = 1 if maps.device.type == "cpu" else max(1, DEVICE_PIXELS // (maps[0].numel() * n_components))
+    size = max(1, (CPU_PIXELS if maps.device.type == "cpu" else DEVICE_PIXELS) // maps.shape[1:].numel())
     chunks = torch.split(maps, size)
     starts = [None] * len(chunks) if start is None else list(torch.split(start, size))
     with _workers(maps.device) as pool:
@@ -173,15 +181,16 @@ def _fit_chunk(maps: Tensor, start: Tensor | None, settings: _Settings) -> Weigh
     enough = n_pixels >= settings.n_components
     statistics = torch.zeros(len(maps), settings.n_components, 6, dtype=torch.float64, device=maps.device)
     if bool(few.any()):
-        pixels = em.points_with_weight(moments[few], maps.dtype, cells=False).moments
+        pixels = em.as_points(moments[few], maps.dtype, cells=False, only_weighted=True).moments
         statistics[few, : pixels.shape[1]] = pixels
     if bool(enough.any()):
         if start is None:
             statistics[enough] = _from_coarse_to_fine(moments[enough], maps.dtype, settings)
         else:
-            points = em.points_with_weight(moments[enough], maps.dtype, cells=False)
-            fitted, _ = em.maximise(points, start[enough][:, None], settings.tolerance, settings.max_iterations)
-            statistics[enough] = fitted[:, 0]
+            from_start = partial(
+                _maximise, steps=settings.max_iterations, tolerance=settings.tolerance, accelerate=False
+            )
+            statistics[enough] = from_start(moments[enough], start[enough][:, None], maps.dtype, cells=False)[0][:, 0]
     empty = (em.parameters(statistics[:, None])[0][:, 0] == 0).any(1)
     status = ["collapsed" if e else "ok" for e in empty.tolist()]
     for kind, maps_of_kind in (("too_few_pixels", few), ("no_positive_effect", n_pixels == 0)):
@@ -202,16 +211,50 @@ def _from_coarse_to_fine(moments: Tensor, dtype: torch.dtype, settings: _Setting
     result = torch.empty(len(moments), settings.n_components, 6, dtype=torch.float64, device=moments.device)
     for top in sorted(set(level.tolist())):
         rows = level == top
-        statistics = torch.empty(0)
-        for k in range(top, -1, -1):
-            points = em.points_with_weight(grids[k][rows], dtype, cells=k > 0)
-            if k == top:
-                statistics = em.spread_starts(points, settings.uniforms)
-            statistics, likelihood = em.maximise(points, statistics, settings.tolerance, settings.max_iterations)
-            best = likelihood.argmax(1)
-            statistics = statistics[torch.arange(len(best), device=best.device), best][:, None]
+        statistics = em.spread_starts(
+            em.as_points(grids[top][rows], dtype, cells=top > 0, only_weighted=False), settings.uniforms
+        )
+        for above, kept, steps in CONTESTS:
+            k = max(top - above, 0)
+            statistics, likelihood = _maximise(
+                grids[k][rows], statistics, dtype, cells=k > 0, steps=steps, tolerance=ROUGH, accelerate=True
+            )
+            order = likelihood.argsort(dim=1, descending=True, stable=True)[:, :kept, None, None]
+            statistics = statistics.gather(1, order.expand(-1, -1, *statistics.shape[2:]))
+        for k in range(max(top - 1, 0), -1, -1):
+            statistics, _ = _maximise(
+                grids[k][rows],
+                statistics,
+                dtype,
+                cells=k > 0,
+                steps=settings.max_iterations,
+                tolerance=settings.tolerance,
+                accelerate=True,
+            )
         result[rows] = statistics[:, 0]
     return result
+
+
+def _maximise(
+    moments: Tensor,
+    statistics: Tensor,
+    dtype: torch.dtype,
+    *,
+    cells: bool,
+    steps: int,
+    tolerance: float,
+    accelerate: bool,
+) -> tuple[Tensor, Tensor]:
+    """`em.maximise` on (G, H, W, 6) moments, in parts that suit the device."""
+    on_cpu = moments.device.type == "cpu"
+    held = CPU_DENSITIES if on_cpu else DEVICE_DENSITIES
+    size = max(1, held // (moments.shape[1] * moments.shape[2] * statistics.shape[1] * statistics.shape[2]))
+    results = []
+    for part, start in zip(torch.split(moments, size), torch.split(statistics, size), strict=True):
+        # on the CPU every map of a part has the same shape, so that its neighbours cannot change its sums
+        points = em.as_points(part, dtype, cells=cells, only_weighted=size == 1 or not on_cpu)
+        results.append(em.maximise(points, start, tolerance, steps, accelerate=accelerate))
+    return torch.cat([result[0] for result in results]), torch.cat([result[1] for result in results])
 
 
 def _describe(maps: Tensor, pixel_weights: Tensor, statistics: Tensor, status: list[str]) -> WeightedGMM:
@@ -221,10 +264,14 @@ def _describe(maps: Tensor, pixel_weights: Tensor, statistics: Tensor, status: l
     statistics = statistics.gather(1, order[..., None].expand(-1, -1, 6))[:, None]
     shares, means, triple = (part[:, 0] for part in em.parameters(statistics))
     rows, columns = (axis.expand(height, width) for axis in em.centred_coordinates(height, width, maps.device))
-    everywhere = torch.stack([rows, columns, torch.ones_like(rows)]).flatten(1).expand(n_maps, -1, -1)
-    joint = em.log_joint(em.Points(everywhere, None, pixel_weights[..., None]), statistics)[:, 0]
-    labels = joint.argmax(1).to(torch.uint8).view(n_maps, height, width)
-    log_density = joint.logsumexp(1) + math.log(height * width)
+    everywhere = torch.stack([rows, columns, torch.ones_like(rows)]).flatten(1)[None]
+    labels = torch.empty(n_maps, height * width, dtype=torch.uint8, device=maps.device)
+    log_density = torch.empty(n_maps, height * width, dtype=torch.float64, device=maps.device)
+    for n in range(n_maps):
+        joint = em.log_joint(em.Points(everywhere, None, pixel_weights[n, None]), statistics[n, None])[0, 0]
+        peak, component = joint.max(0)
+        labels[n] = component
+        log_density[n] = peak - joint.softmax(0).amax(0).log() + math.log(height * width)
     some = torch.tensor([state != "no_positive_effect" for state in status], dtype=torch.bool, device=maps.device)
     likelihood = (pixel_weights.flatten(1) * torch.where(some[:, None], log_density, 0.0)).sum(1)
     size = torch.tensor([height, width], dtype=torch.float64, device=maps.device)
@@ -234,6 +281,6 @@ def _describe(maps: Tensor, pixel_weights: Tensor, statistics: Tensor, status: l
         means=(means / size + 0.5).to(maps.dtype),
         covariances=covariances.to(maps.dtype),
         log_likelihood=likelihood.to(maps.dtype),
-        labels=torch.where(some[:, None, None], labels, NO_REGION),
+        labels=torch.where(some[:, None], labels, NO_REGION).view(n_maps, height, width),
         status=status,
     )
