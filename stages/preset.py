@@ -1,0 +1,93 @@
+"""Presets: the params of an experiment or a critic, laid over params.yaml with the change shown."""
+
+import difflib
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from lvlmva_core.config import load_params
+from lvlmva_core.errors import InputError
+
+DEFAULT = "decoy_digits"
+
+
+def preset(
+    name: Annotated[str, typer.Argument(help="decoy_mnist, knee, critics/gpt-4o, ...: a file under presets/")],
+    changes: Annotated[list[str] | None, typer.Option("--set", "-S", help="section.key=value, laid over it")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the change, write nothing")] = False,
+    params: Annotated[Path, typer.Option(help="the file to change")] = Path("params.yaml"),
+    presets: Annotated[Path, typer.Option(help="where presets lie")] = Path("presets"),
+) -> None:
+    """Write a preset into params.yaml and show what changes.
+
+    An experiment's preset starts from the default preset, whatever params.yaml holds; one in a folder (critics/...) is
+    laid over params.yaml as it is.
+    """
+    before = params.read_text(encoding="utf-8") if params.exists() else ""
+    content = _load(params if "/" in name else presets / f"{DEFAULT}.yaml")
+    _lay_over(content, _load(_file(presets, name)), name)
+    for change in changes or []:
+        key, separator, value = change.partition("=")
+        if not separator:
+            raise InputError(f"--set {change}: expected section.key=value")
+        layer: Any = YAML(typ="safe", pure=True).load(value)
+        for part in reversed(key.split(".")):
+            layer = {part: layer}
+        _lay_over(content, layer, f"--set {change}")
+    text = io.StringIO()
+    _yaml().dump(content, text)
+    after = text.getvalue()
+    candidate = params.with_name(params.name + ".candidate")
+    candidate.write_text(after, encoding="utf-8")
+    try:
+        load_params(candidate)
+        difference = list(
+            difflib.unified_diff(
+                before.splitlines(), after.splitlines(), str(params), f"{params} ({name})", lineterm=""
+            )
+        )
+        typer.echo("\n".join(difference) if difference else f"{params} holds '{name}' already")
+        if not dry_run:
+            candidate.replace(params)
+    finally:
+        candidate.unlink(missing_ok=True)
+
+
+def _file(presets: Path, name: str) -> Path:
+    file = presets / f"{name}.yaml"
+    if not file.is_file() or not file.resolve().is_relative_to(presets.resolve()):
+        known = sorted(str(path.relative_to(presets).with_suffix("")) for path in presets.rglob("*.yaml"))
+        raise InputError(f"no preset '{name}' under {presets}/; known: {', '.join(known)}")
+    return file
+
+
+def _yaml() -> YAML:
+    yaml = YAML(pure=True)  # keeps comments
+    yaml.width = 120
+    yaml.preserve_quotes = True
+    return yaml
+
+
+def _load(file: Path) -> Any:
+    try:
+        return _yaml().load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror})") from error
+    except YAMLError as error:
+        raise InputError(f"{file}: not valid YAML: {error}") from error
+
+
+def _lay_over(content: Any, layer: Any, name: str) -> None:
+    """Put each value of `layer` into `content`, section by section."""
+    if not isinstance(layer, Mapping):
+        raise InputError(f"{name}: expected sections with keys")
+    for key, value in layer.items():
+        if isinstance(value, Mapping) and isinstance(content.get(key), Mapping):
+            _lay_over(content[key], value, f"{name}: {key}")
+        else:
+            content[key] = value

@@ -1,0 +1,82 @@
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+from typer.testing import CliRunner
+
+from lvlmva_core.config import load_params
+from lvlmva_core.errors import InputError
+from stages.preset import preset
+
+ROOT = Path(__file__).parents[2]
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "presets").glob("*.yaml"))
+CRITICS = sorted(f"critics/{path.stem}" for path in (ROOT / "presets" / "critics").glob("*.yaml"))
+
+
+@pytest.fixture
+def params(tmp_path: Path) -> Path:
+    shutil.copy(ROOT / "params.yaml", tmp_path / "params.yaml")
+    return tmp_path / "params.yaml"
+
+
+def _read(file: Path) -> Any:
+    return YAML(typ="safe", pure=True).load(file.read_text())
+
+
+def _apply(params: Path, name: str, *changes: str, dry_run: bool = False) -> None:
+    preset(name, list(changes), dry_run, params, ROOT / "presets")
+
+
+def test_the_shipped_params_are_the_default_preset() -> None:
+    assert _read(ROOT / "params.yaml") == _read(ROOT / "presets" / "decoy_digits.yaml")
+
+
+@pytest.mark.parametrize("name", [*EXPERIMENTS, *CRITICS])
+def test_every_preset_gives_valid_params(params: Path, name: str) -> None:
+    _apply(params, name)
+    load_params(params)
+    given, written = _read(ROOT / "presets" / f"{name}.yaml"), _read(params)
+
+    def holds(layer: Any, content: Any) -> bool:
+        if isinstance(layer, dict):
+            return all(holds(value, content[key]) for key, value in layer.items())
+        return bool(layer == content)
+
+    assert holds(given, written)
+    assert sorted(path.name for path in params.parent.iterdir()) == ["params.yaml"]
+
+
+def test_an_experiment_forgets_what_stood_there_and_comments_stay(
+    params: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    params.write_text(params.read_text().replace("n_regions: 3", "n_regions: 9"))
+    _apply(params, "decoy_mnist", "prepare.root=some/folder", "align.seeds=[4, 5]")
+    loaded = load_params(params)
+    assert (loaded.segment.n_regions, loaded.prepare.root, loaded.align.seeds) == (3, "some/folder", [4, 5])
+    assert "# read by every stage that runs the model" in params.read_text()
+    shown = capsys.readouterr().out
+    assert "-  n_regions: 9" in shown
+    assert "+  root: some/folder" in shown
+
+
+def test_a_dry_run_and_a_mistake_write_nothing(params: Path) -> None:
+    before = params.read_text()
+    _apply(params, "decoy_mnist", dry_run=True)
+    with pytest.raises(InputError, match=r"unknown key 'align\.lambda'"):
+        _apply(params, "decoy_mnist", "align.lambda=1")
+    with pytest.raises(InputError, match=r"no preset .mnist. under .*; known: .*decoy_mnist"):
+        _apply(params, "mnist")
+    with pytest.raises(InputError, match=r"expected section\.key=value"):
+        _apply(params, "decoy_mnist", "align")
+    with pytest.raises(InputError, match="no preset"):
+        _apply(params, "../params")
+    assert params.read_text() == before
+    assert [path.name for path in params.parent.iterdir()] == ["params.yaml"]
+
+
+def test_the_command_line_knows_it() -> None:
+    from stages.cli import app
+
+    assert "preset" in CliRunner().invoke(app, ["--help"]).output
