@@ -94,8 +94,10 @@ class Store:
         except FileNotFoundError:
             return None
 
-    def put_bytes(self, kind: str, key: str, suffix: str, content: bytes) -> bool:
+    def put_bytes(self, kind: str, key: str, suffix: str, content: bytes, *, replace: bool = False) -> bool:
         """Write a record durably unless it is there already: temporary file, fsync, hard link. Says whether it was new.
+
+        replace: put it in the place of the one that is there; for two equally good answers, of which one has to stand.
 
         Raises:
             InputError: the folder cannot be written, or its file system has no hard links.
@@ -109,7 +111,10 @@ class Store:
                 file.flush()
                 os.fsync(file.fileno())
             try:
-                os.link(temporary, path)
+                if replace:
+                    temporary.replace(path)
+                else:
+                    os.link(temporary, path)
             except FileExistsError:
                 return False
             _sync_folder(path.parent)

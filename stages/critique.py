@@ -8,10 +8,15 @@ import numpy as np
 from lvlmva_core.arrays import read_array, read_attrs
 from lvlmva_core.config import Critique, load_params
 from lvlmva_core.errors import InputError
+from lvlmva_core.lvlm.calls import Call, Record, answer_text
+from lvlmva_core.lvlm.client import Client, Question, model_name
+from lvlmva_core.lvlm.critic import critic_call
 from lvlmva_core.lvlm.offline import criticise_by_oracle, criticise_by_rules
+from lvlmva_core.lvlm.prompts import load_critic_prompts
 from lvlmva_core.lvlm.records import Row, segmentation_digest, write_rows
 from lvlmva_core.render import COLOUR_NAMES, regions_present
 from lvlmva_core.samples import read_class_names, read_images, read_samples, read_spurious_masks, rows_of_ids
+from stages.ask import ask_all
 from stages.entry import run
 
 
@@ -24,6 +29,7 @@ def critique(
     spurious_masks: Path,
     prompts: Path,
     out: Path,
+    dry_run: bool = False,
 ) -> None:
     """Have the regions of each alignment sample criticised."""
     config = load_params(params).critique
@@ -43,6 +49,8 @@ def critique(
             row["critique"] = criticise_by_rules(pictures[place], label_maps[place])
     elif config.critic == "oracle":
         _ask_oracle(config, rows, label_maps, ids, attributions, spurious_masks, places)
+    elif not _ask_model(config, rows, label_maps, pictures, class_names, prompts / config.prompts, out, dry_run):
+        return
     write_rows(out, rows)
 
 
@@ -54,7 +62,7 @@ def _row(config: Critique, sample: str, label_map: np.ndarray, status: str, labe
         "segmentation": segmentation_digest(label_map),
         "regions": [{"region": region, "color": COLOUR_NAMES[region]} for region in regions],
         "class_name": class_names[label],
-        "critic": config.critic,
+        "critic": model_name(config.endpoint) if config.critic in ("model", "replay") else config.critic,
         "settings": {},
         "critique": None,
         "failure": None if regions else f"no region to judge (segmentation: {status})",
@@ -101,6 +109,61 @@ def _ask_oracle(
             false_negative_rate=config.false_negative_rate,
             seed=config.seed,
         )
+
+
+def _ask_model(
+    config: Critique,
+    rows: list[Row],
+    label_maps: np.ndarray,
+    pictures: np.ndarray,
+    class_names: list[str],
+    folder: Path,
+    out: Path,
+    dry_run: bool,
+) -> bool:
+    """Fill in the critiques of a model; False after a dry run."""
+    endpoint = config.endpoint
+    assert endpoint is not None
+    loaded = load_critic_prompts(folder, class_names)
+
+    def call_of(place: int) -> Call:
+        return critic_call(
+            endpoint,
+            loaded,
+            rows[place]["class_name"],
+            pictures[place],
+            label_maps[place],
+            name_spurious_feature=config.name_spurious_feature,
+        )
+
+    async def ask(client: Client, place: int, question: Question) -> Record:
+        return await client.ask(question)
+
+    places = [place for place, _ in _with_regions(rows)]
+    results = ask_all(
+        places,
+        name_of=lambda place: str(rows[place]["sample"]),
+        first_call=call_of,
+        work=ask,
+        failure_of=lambda record: None,
+        endpoint=endpoint,
+        section="critique.endpoint",
+        out=out,
+        replay=config.critic == "replay",
+        pictures=True,
+        max_failed_share=config.max_failed_share,
+        dry_run=dry_run,
+    )
+    if results is None:
+        return False
+    settings = {"name_spurious_feature": config.name_spurious_feature, "prompt": loaded.digest}
+    for place, result in zip(places, results, strict=True):
+        rows[place]["settings"] = settings
+        if isinstance(result, str):
+            rows[place]["failure"] = f"no critique: {result}"
+        else:
+            rows[place] |= {"critique": answer_text(result), "record": result}
+    return True
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ The core takes records and knows no DVC; this module is the bridge. Whatever was
 (branches, remotes' branches, tags, experiments, the other side of a merge) was paid for or computed by someone.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -85,6 +86,29 @@ def committed_versions(out: str, store: Store, *, required: bool = False) -> Ite
         mark.touch()
 
 
+@contextlib.contextmanager
+def version_at_head(out: str) -> Iterator[Path | None]:
+    """A local copy of an output as it is committed at HEAD, or None where there is none or it cannot be fetched."""
+    root = _dvc_root()
+    project = _main_project(root) if root else None
+    if root is None or project is None:
+        yield None
+        return
+    for version, commit, at_head in _versions(project, root, _relative(out, root)):
+        if not at_head:
+            break
+        with tempfile.TemporaryDirectory(prefix="lvlmva-") as folder:
+            copy = Path(folder) / Path(out).name
+            try:
+                if not _from_cache(_cache_folder(root), version, copy):
+                    _from_remote(project, _relative(out, root), commit, copy)
+            except (FileNotFoundError, UnhydratedError):
+                break
+            yield copy
+            return
+    yield None
+
+
 _OPT_OUT = "or set allow_unhydrated: true to pay again for what it may hold"
 
 
@@ -122,7 +146,7 @@ def _versions(project: Path, root: Path, out: str) -> Iterator[tuple[str, str, b
     The working tree's file counts as well: what it names is in the cache even before it is committed.
     """
     seen: set[str] = set()
-    head = _git(project, "rev-parse", "--verify", "--quiet", "HEAD").strip()
+    head = _git(root, "rev-parse", "--verify", "--quiet", "HEAD").strip()
     for commit, text in _lock_files(project, root):
         version = _digest_in(text, out)
         if version is not None and version not in seen:
@@ -131,13 +155,13 @@ def _versions(project: Path, root: Path, out: str) -> Iterator[tuple[str, str, b
 
 
 def _lock_files(project: Path, root: Path) -> Iterator[tuple[str, str]]:
-    head = _git(project, "rev-parse", "--verify", "--quiet", "HEAD").strip()
+    head = _git(root, "rev-parse", "--verify", "--quiet", "HEAD").strip()
     if head:
         others = [name for name in _OTHER_HEADS if _git(project, "rev-parse", "--verify", "--quiet", name)]
         # a merge that took one side drops the other from a simplified history, and with it what that side paid for
         commits = _git(project, "rev-list", "--all", "--full-history", *others, "--", "dvc.lock").split()
         for commit in dict.fromkeys([head, *commits]):
-            text = _git(project, "show", f"{commit}:./dvc.lock")
+            text = _git(root if commit == head else project, "show", f"{commit}:./dvc.lock")
             if text:
                 yield commit, text
     for folder in dict.fromkeys((root, project)):  # last: a version that is committed as well can be fetched

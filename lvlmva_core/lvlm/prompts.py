@@ -1,0 +1,114 @@
+"""Prompts from files: one folder per data set with critic.j2, judge.j2 and specification.yaml."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lvlmva_core.errors import InputError
+
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Specification(BaseModel):
+    """What an expert says about a task, in words.
+
+    picture: what the pictures are. classes: class name -> what shows the class. spurious_features: what is known to
+    co-occur with a class without belonging to it; may be empty.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    picture: Text
+    classes: dict[str, Text]
+    spurious_features: list[Text]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A folder of prompts, read and checked. digest: sha256 over the files that were read."""
+
+    file: Path
+    template: Any
+    specification: Specification | None
+    digest: str
+
+    def render(self, **values: Any) -> str:
+        """Fill the template.
+
+        Raises:
+            InputError: it uses a name that does not exist, or reaches for what the sandbox forbids.
+        """
+        from jinja2 import TemplateError
+
+        try:
+            return str(self.template.render(values))
+        except TemplateError as error:  # undefined names, and what the sandbox refuses
+            names = ", ".join(sorted(values))
+            raise InputError(f"{self.file}: {error.message}; names that exist: {names}") from error
+        except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+            raise InputError(f"{self.file}: cannot be filled ({error}); mend the template") from error
+
+
+def load_critic_prompts(folder: Path, class_names: list[str]) -> Prompts:
+    """Read critic.j2 and specification.yaml, and check that every class is described.
+
+    Raises:
+        InputError: a file is missing or malformed, or a class has no description.
+    """
+    specification = _load_specification(folder / "specification.yaml")
+    missing = [name for name in class_names if name not in specification.classes]
+    if missing:
+        raise InputError(
+            f"{folder / 'specification.yaml'}: no description for the class '{missing[0]}'; add it under 'classes'"
+        )
+    return _prompts(folder / "critic.j2", specification, _digest(folder, "critic.j2", "specification.yaml"))
+
+
+def load_judge_prompts(folder: Path) -> Prompts:
+    """Read judge.j2. Raises InputError where it is missing."""
+    return _prompts(folder / "judge.j2", None, _digest(folder, "judge.j2"))
+
+
+def _prompts(file: Path, specification: Specification | None, digest: str) -> Prompts:
+    """Compile a template in a sandbox: a prompt file from elsewhere must not reach Python's objects."""
+    from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    try:
+        return Prompts(file, environment.from_string(_read(file)), specification, digest)
+    except TemplateSyntaxError as error:
+        raise InputError(f"{file}, line {error.lineno}: {error.message}; mend the template") from error
+    except TemplateError as error:
+        raise InputError(f"{file}: {error.message}; mend the template") from error
+
+
+def _load_specification(file: Path) -> Specification:
+    import yaml
+
+    try:
+        content = yaml.safe_load(_read(file))
+        if isinstance(content, Mapping) and isinstance(content.get("classes"), Mapping):
+            content = {**content, "classes": {str(name): text for name, text in content["classes"].items()}}
+        return Specification.model_validate(content)
+    except yaml.YAMLError as error:
+        raise InputError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise InputError(f"{file}: '{where}': {first['msg'].lower()}; see prompts/generic for the form") from None
+
+
+def _digest(folder: Path, *names: str) -> str:
+    return hashlib.sha256(b"".join(_read(folder / name).encode() + b"\0" for name in names)).hexdigest()
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read ({error}); see prompts/generic for the files of a folder") from error

@@ -1,0 +1,260 @@
+"""A model server for tests: a process of its own on loopback that speaks chat completions and fails on demand.
+
+It decodes the pictures that it gets and answers from them: a colour is relevant if a bright pixel of picture 1 lies
+where picture 2 shows this colour. Asked for JSON, it reads the verdicts out of the critique between the fences.
+
+    python tests/server.py        prints its port; POST /control {...}, GET /log
+"""
+
+import base64
+import io
+import json
+import re
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+COLOURS = {  # written down again on purpose: the pictures have to be readable without the renderer's own table
+    "red": (220, 30, 30),
+    "blue": (30, 60, 220),
+    "yellow": (250, 230, 40),
+    "green": (20, 140, 40),
+    "white": (255, 255, 255),
+    "black": (0, 0, 0),
+}
+BAD_ANSWERS = {
+    "not_json": lambda entries: "They are all fine, I think.",
+    "missing": lambda entries: _output(entries[1:]),
+    "doubled": lambda entries: _output([*entries, entries[0]]),
+    "unknown": lambda entries: _output([{"color": "mauve", "verdict": "yes"}, *entries[1:]]),
+    "maybe": lambda entries: _output([{**entries[0], "verdict": "maybe"}, *entries[1:]]),
+    "bare_list": lambda entries: json.dumps(entries),
+}
+
+
+class State:
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.log: list[dict[str, Any]] = []
+        self.control: dict[str, Any] = {"latency_s": 0.0, "faults": [], "always": None, "usage": True, "say": None}
+        self.now = self.most = 0
+
+
+STATE = State()
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        with STATE.lock:
+            body = {"log": STATE.log, "most_at_once": STATE.most}
+        self.reply(200, body)
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/control":
+            with STATE.lock:
+                if body.pop("forget", False):
+                    STATE.log.clear()
+                STATE.control.update(body)
+            self.reply(200, {})
+            return
+        with STATE.lock:
+            fault = STATE.control["faults"].pop(0) if STATE.control["faults"] else STATE.control["always"]
+            entry = {"path": self.path, "headers": dict(self.headers), "fault": fault, "body": _without_pictures(body)}
+            STATE.log.append(entry)
+            STATE.now += 1
+            STATE.most = max(STATE.most, STATE.now)
+            latency = STATE.control["latency_s"]
+        try:
+            time.sleep(latency)
+            self.answer(body, fault)
+        except (BrokenPipeError, ConnectionResetError):
+            self.close_connection = True
+        finally:
+            with STATE.lock:
+                STATE.now -= 1
+
+    def answer(self, body: dict[str, Any], fault: str | None) -> None:
+        name, _, argument = (fault or "").partition(":")
+        key = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if name == "status":
+            self.error(int(argument), "the server is busy")
+        elif name == "retry_after":
+            self.error(429, "slow down", headers={"Retry-After": argument})
+        elif name == "quota":
+            self.error(429, "You exceeded your current quota", code="insufficient_quota")
+        elif name == "unauthorized":
+            self.error(401, f"Incorrect API key provided: {key}.", code="invalid_api_key")
+        elif name == "unknown_model":
+            self.error(404, f"The model {body['model']} does not exist", code="model_not_found")
+        elif name == "no_images":
+            self.error(400, "this model does not support image input")
+        elif name == "no_schema":
+            if "response_format" in body:
+                self.error(400, "response_format of type json_schema is not supported")
+            else:
+                self.reply(200, self.completion(body))
+        elif name == "echo_error":
+            self.error(500, f"internal error while handling Bearer {key}")
+        elif name == "echo_answer":
+            completion = self.completion(body)
+            completion["choices"][0]["message"]["content"] += f"\nBy the way, your key is {key}."
+            completion["debug"] = {"headers": dict(self.headers)}
+            self.reply(200, completion)
+        elif name == "html":
+            self.send(200, b"<!DOCTYPE html><html><body>Please log in</body></html>", "text/html")
+        elif name == "error_200":
+            self.reply(200, {"error": {"message": "upstream overloaded", "code": 502}, "choices": None})
+        elif name == "quota_200":
+            self.reply(200, {"error": {"message": "no credit", "code": "insufficient_quota"}, "choices": None})
+        elif name == "truncated":
+            content = json.dumps(self.completion(body)).encode()
+            self.send(200, content[: len(content) // 2], "application/json")
+        elif name == "not_a_number":
+            content = json.dumps(self.completion(body))[:-1] + ', "logprob": NaN}'
+            self.send(200, content.encode(), "application/json")
+        elif name == "half_character":
+            self.reply(200, self.completion(body, text="half a character: \ud83d"))
+        elif name == "dribble":
+            self.send_response(200)
+            self.send_header("Content-Length", "100000")
+            self.end_headers()
+            for _ in range(200):
+                self.wfile.write(b" ")
+                self.wfile.flush()
+                time.sleep(0.05)
+            self.close_connection = True
+        elif name == "hang":
+            time.sleep(float(argument))
+            self.close_connection = True
+        elif name == "disconnect":
+            self.close_connection = True
+        elif name == "redirect":
+            self.send_response(307)
+            self.send_header("Location", argument)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        elif name == "refusal":
+            completion = self.completion(body)
+            completion["choices"][0]["message"] = {"role": "assistant", "content": None, "refusal": "I can't help"}
+            self.reply(200, completion)
+        elif name == "finish":
+            completion = self.completion(body)
+            completion["choices"][0]["finish_reason"] = argument
+            self.reply(200, completion)
+        elif name == "empty":
+            self.reply(200, self.completion(body, text=" \n"))
+        elif name == "no_choices":
+            self.reply(200, {**self.completion(body), "choices": []})
+        elif name == "bad":
+            entries = json.loads(_verdicts(body))["output"]
+            self.reply(200, self.completion(body, text=BAD_ANSWERS[argument](entries)))
+        else:
+            self.reply(200, self.completion(body))
+
+    def completion(self, body: dict[str, Any], text: str | None = None) -> dict[str, Any]:
+        said = text or STATE.control["say"] or (_verdicts(body) if _is_judge(body) else _critique(body))
+        usage = {"prompt_tokens": 1000, "completion_tokens": 100, "total_tokens": 1100}
+        return {
+            "id": "chatcmpl-1",
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": body["model"] + "-served",
+            "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": said}}],
+            **({"usage": usage} if STATE.control["usage"] else {}),
+        }
+
+    def error(self, status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None) -> None:
+        self.reply(status, {"error": {"message": message, "type": "error", "code": code}}, headers)
+
+    def reply(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
+        self.send(status, json.dumps(body).encode(), "application/json", headers)
+
+    def send(self, status: int, content: bytes, mime: str, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Type": mime, "Content-Length": str(len(content)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+
+def _is_judge(body: dict[str, Any]) -> bool:
+    return isinstance(body["messages"][0]["content"], str)
+
+
+def _pictures(body: dict[str, Any]) -> list[np.ndarray]:
+    parts = [part for part in body["messages"][0]["content"] if part["type"] == "image_url"]
+    urls = [part["image_url"]["url"] for part in parts]
+    assert all(url.startswith("data:image/png;base64,") for url in urls)
+    files = [base64.b64decode(url.partition(",")[2]) for url in urls]
+    return [np.asarray(Image.open(io.BytesIO(file)).convert("RGB")) for file in files]
+
+
+def _critique(body: dict[str, Any]) -> str:
+    image, regions, _ = _pictures(body)
+    bright = image.mean(axis=2) >= 25
+    lines = ["I looked at all three pictures."]
+    prompt = body["messages"][0]["content"][0]["text"]
+    asked = re.search(r"one flat colour:\s*([a-z, ]+)\.", prompt)
+    assert asked
+    for colour in asked[1].split(", "):
+        verdict = "yes" if (bright & (regions == COLOURS[colour]).all(axis=2)).any() else "no"
+        lines.append(f"{colour}: {verdict}")
+    return "\n".join(lines)
+
+
+def _verdicts(body: dict[str, Any]) -> str:
+    prompt = body["messages"][0]["content"]
+    fence = re.search(r'both say "(CRITIQUE [0-9a-f]{16})"', prompt)
+    asked = re.search(r"these colours: ([a-z, ]+)\.", prompt.rpartition("Give the verdicts for")[2])
+    assert fence
+    assert asked
+    _, critique, _ = prompt.split(f"\n{fence[1]}\n")
+    verdicts = {}
+    for colour in asked[1].split(", "):
+        stated = re.findall(rf"^{colour}: (yes|no)$", critique, re.MULTILINE)
+        verdicts[colour] = stated[-1] if stated else "no"
+    return _output([{"color": colour, "verdict": verdict} for colour, verdict in verdicts.items()])
+
+
+def _output(entries: list[dict[str, str]]) -> str:
+    return json.dumps({"output": entries})
+
+
+def _without_pictures(body: dict[str, Any]) -> dict[str, Any]:
+    """The body with each picture's data replaced by a list of its pixels' mode, size and metadata."""
+    copy = json.loads(json.dumps(body))
+    for message in copy["messages"]:
+        for part in message["content"] if isinstance(message["content"], list) else []:
+            if part["type"] == "image_url":
+                data = base64.b64decode(part["image_url"].pop("url").partition(",")[2])
+                with Image.open(io.BytesIO(data)) as picture:
+                    part["image_url"] |= {"size": list(picture.size), "mode": picture.mode, "info": list(picture.info)}
+    return copy
+
+
+class Server(ThreadingHTTPServer):
+    request_queue_size = 256
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # tests kill clients
+            super().handle_error(request, client_address)
+
+
+if __name__ == "__main__":
+    server = Server(("127.0.0.1", 0), Handler)
+    sys.stdout.write(f"{server.server_address[1]}\n")
+    sys.stdout.flush()
+    server.serve_forever()
