@@ -103,9 +103,9 @@ def _check_completeness(config: Attribute, ids: list[str], errors: np.ndarray) -
     if worst:
         named = ", ".join(f"'{ids[n]}' ({errors[n]:.1e})" for n in worst[:NAMED])
         raise InputError(
-            f"{len(worst)} of {len(ids)} maps do not add up to the difference of outputs within "
-            f"attribute.completeness_tolerance = {config.completeness_tolerance:g} of their absolute sum; worst: {named}; "
-            "check the model (weights that are not finite or huge, operations that mix samples) or raise the tolerance"
+            f"{len(worst)} of {len(ids)} maps miss the output difference by more than "
+            f"attribute.completeness_tolerance {config.completeness_tolerance:g} of their absolute sum; "
+            f"worst: {named}; check the model's weights (huge ones cancel badly) or raise the tolerance"
         )
 
 

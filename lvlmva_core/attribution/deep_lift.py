@@ -11,15 +11,18 @@ from torch import Tensor, nn
 from lvlmva_core.attribution.rules import (
     CONSTANT_OPS,
     RESHAPES,
-    ROWS_IN_ARGUMENTS,
     RULES,
     Step,
     aten,
     batch_norm_scale,
-    same_constant,
+    same_constants,
 )
-from lvlmva_core.attribution.tape import INPUT, Tape, UnsupportedOperation, Value, record
+from lvlmva_core.attribution.tape import INPUT, Node, Tape, UnsupportedOperationError, Value, record
 from lvlmva_core.errors import InputError
+
+
+class CompletenessError(InputError):
+    """Attributions do not add up to the difference of outputs."""
 
 
 @dataclass(frozen=True)
@@ -61,15 +64,19 @@ def deep_lift_shap(
         baselines: (R, C, H, W), weighted alike.
         target: class of every input, or int64 (B,) one per input.
         batch_size: (input, baseline) pairs held at once; bounds the memory whatever B and R are.
-        samples_at_once: at most so many inputs share a pass. With 1, a map has the same bits whatever else is in `inputs`.
-        channels_last: memory layout of the passes; None takes channels_last for images on a CPU, where it is faster.
+        samples_at_once: at most so many inputs share a pass; None means as many as `batch_size` allows. With 1, a map
+            has the same bits whatever else is in `inputs`.
+        channels_last: memory layout of the passes; None takes it for float32 images on a CPU, where it is faster,
+            unless the model calls `.view()` on its activations.
 
     Returns:
         (B, C, H, W) in the inputs' dtype and device, channels not summed.
 
     Raises:
-        UnsupportedOperation: the model does something that has no exact rule; names the operation and its place.
+        UnsupportedOperationError: the model does something that has no exact rule; names the operation and its place.
+        CompletenessError: the maps do not add up, as when inputs or weights are not finite.
         InputError: shapes, dtypes, devices or classes do not fit.
+        torch.OutOfMemoryError: not even one pair fits; before, a RuntimeWarning says that batch_size was halved.
     """
     return explain(
         model,
@@ -97,41 +104,83 @@ def explain(
     for name, value in (("batch_size", batch_size), ("samples_at_once", samples_at_once)):
         if value is not None and value < 1:
             raise InputError(f"{name} is {value}, expected 1 or more")
-    if channels_last is None:
-        channels_last = inputs.ndim == 4 and inputs.device.type == "cpu"
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    inputs = inputs.detach()
+    samples_at_once = min(samples_at_once or len(inputs), len(inputs))
+    batch_size = min(batch_size, len(baselines) * samples_at_once)
+    in_doubt = channels_last is None and inputs.ndim == 4 and inputs.dtype == torch.float32 and not inputs.is_cuda
+    layout = torch.channels_last if channels_last or in_doubt else torch.contiguous_format
+    inputs, baselines = inputs.detach(), baselines.detach()
     total = torch.zeros_like(inputs, memory_format=torch.contiguous_format)
-    output = torch.zeros(len(inputs), dtype=inputs.dtype, device=inputs.device)
-    expected = torch.zeros_like(output)
+    output = expected = torch.zeros(len(inputs), dtype=inputs.dtype, device=inputs.device)
     done = 0
+    while done < len(baselines):
+        part = baselines[done : done + batch_size]
+        at_once = min(max(batch_size // len(part), 1), samples_at_once)
+        try:
+            sums, output, means = _attribute(model, inputs, part, targets, at_once, layout)
+        except torch.OutOfMemoryError:
+            if batch_size == 1:
+                raise
+            batch_size //= 2
+            warnings.warn(f"out of memory: going on with batch_size={batch_size}", RuntimeWarning, stacklevel=2)
+            continue
+        except RuntimeError as error:
+            if not (in_doubt and "view size is not compatible" in str(error)):
+                raise
+            in_doubt, layout = False, torch.contiguous_format  # the model calls .view() on its activations
+            continue
+        in_doubt = False
+        total += sums
+        expected = expected + means
+        done += len(part)
+    found = Explanation(total / len(baselines), output, expected / len(baselines))
+    _check_gap(found)
+    return found
+
+
+def _attribute(
+    model: nn.Module, inputs: Tensor, baselines: Tensor, targets: Tensor, at_once: int, layout: torch.memory_format
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All inputs against some baselines whose activations are held all the while.
+
+    Returns:
+        attributions summed over the baselines, like the inputs; the target logits of the inputs, and of the baselines
+        summed, (B,).
+    """
+    sums = torch.empty_like(inputs, memory_format=torch.contiguous_format)
+    output = torch.empty(len(inputs), dtype=inputs.dtype, device=inputs.device)
     with torch.no_grad(), _full_precision(inputs.device):
-        while done < len(baselines):
-            r = min(batch_size, len(baselines) - done)
-            part = baselines[done : done + r].detach().contiguous(memory_format=layout)
-            try:
-                sums = torch.zeros_like(total)
-                baseline_tape = record(model, part, RULES, CONSTANT_OPS)
-                b = min(max(batch_size // r, 1), samples_at_once or len(inputs))
-                for start in range(0, len(inputs), b):
-                    rows = slice(start, start + b)
-                    tape = record(model, inputs[rows].contiguous(memory_format=layout), RULES, CONSTANT_OPS)
-                    _check_targets(targets[rows], tape.output.shape[1])
-                    sums[rows] = _attribute_pairs(tape, baseline_tape, targets[rows])
-                    output[rows] = tape.output.gather(1, targets[rows, None])[:, 0]
-                means = baseline_tape.output[:, targets].sum(0)
-            except torch.OutOfMemoryError as error:
-                if batch_size == 1:
-                    raise
-                tape = baseline_tape = None  # type: ignore[assignment]
-                batch_size //= 2
-                warnings.warn(f"out of memory: going on with batch_size={batch_size}", RuntimeWarning, stacklevel=2)
-                error.__traceback__ = None
-                continue
-            total += sums
-            expected += means
-            done += r
-    return Explanation(total / len(baselines), output, expected / len(baselines))
+        baseline_tape = record(model, _in_layout(baselines, layout), RULES, CONSTANT_OPS)
+        classes = baseline_tape.output.shape[1]
+        if bool(((targets < 0) | (targets >= classes)).any()):
+            raise InputError(
+                f"target has classes outside 0..{classes - 1}, the model's logits: {targets.tolist()[:20]}"
+            )
+        for start in range(0, len(inputs), at_once):
+            rows = slice(start, start + at_once)
+            tape = record(model, _in_layout(inputs[rows], layout), RULES, CONSTANT_OPS)
+            sums[rows] = _attribute_pairs(tape, baseline_tape, targets[rows])
+            output[rows] = tape.output.gather(1, targets[rows, None])[:, 0]
+            del tape  # its activations go before the next ones come
+        return sums, output, baseline_tape.output[:, targets].sum(0)
+
+
+def _in_layout(images: Tensor, layout: torch.memory_format) -> Tensor:
+    return images.contiguous(memory_format=layout) if images.ndim == 4 else images.contiguous()
+
+
+_GROSS_GAP = {torch.float32: 1e-3, torch.float64: 1e-9}  # far above rounding, far below a forgotten path
+
+
+def _check_gap(found: Explanation) -> None:
+    """Refuse maps that do not add up: what no rule saw (a detour through numpy, say) or numbers that are not finite."""
+    gap = (found.attributions.flatten(1).sum(1) - (found.output - found.expected)).abs()
+    scale = found.attributions.abs().flatten(1).sum(1) + found.output.abs() + found.expected.abs()
+    bad = torch.nonzero(~(gap <= _GROSS_GAP[found.attributions.dtype] * scale))[:, 0].tolist()
+    if bad:
+        raise CompletenessError(
+            f"the maps of samples {bad[:10]} do not add up to the difference of outputs (first: {gap[bad[0]]:.3g}); "
+            "check that inputs and weights are finite, and that the model computes by torch operations only"
+        )
 
 
 def check_arguments(model: nn.Module, inputs: Tensor, baselines: Tensor, target: int | Tensor) -> Tensor:
@@ -154,11 +203,6 @@ def check_arguments(model: nn.Module, inputs: Tensor, baselines: Tensor, target:
     if target.dtype != torch.int64 or target.shape != (len(inputs),):
         raise InputError(f"target is {target.dtype} {tuple(target.shape)}, expected an int or int64 ({len(inputs)},)")
     return target.to(inputs.device)
-
-
-def _check_targets(targets: Tensor, classes: int) -> None:
-    if bool(((targets < 0) | (targets >= classes)).any()):
-        raise InputError(f"target {targets.tolist()} has a class outside 0..{classes - 1}, the model's logits")
 
 
 @contextmanager
@@ -194,7 +238,7 @@ def _attribute_pairs(tape: Tape, baseline: Tape, targets: Tensor) -> Tensor:
     scales: dict[int, Tensor] = {}
     for position in range(len(tape.nodes) - 1, -1, -1):
         node, twin = tape.nodes[position], baseline.nodes[position]
-        arrived = [pending.pop(Value(position, index), None) for index in range(len(node.output_shapes))]
+        arrived = [pending.pop(Value(position, slot), None) for slot in range(len(node.output_shapes))]
         if all(item is None for item in arrived):
             continue
         source = node.inputs[0]
@@ -217,9 +261,9 @@ def _attribute_pairs(tape: Tape, baseline: Tape, targets: Tensor) -> Tensor:
         _send(pending, node.inputs, results, g, owned)
     multipliers = pending.get(INPUT)
     if multipliers is None:
-        raise UnsupportedOperation("the target logit does not depend on the input")
+        raise UnsupportedOperationError("the target logit does not depend on the input")
     change = tape.inputs.unsqueeze(1) - baseline.inputs.unsqueeze(0)
-    return (multipliers[0].unflatten(0, (b, r)) * change).sum(1)
+    return (multipliers[0].view(b, r, *change.shape[2:]) * change).sum(1)
 
 
 _BATCH_NORMS = frozenset(op for op in RULES if "batch_norm" in str(op))
@@ -257,20 +301,19 @@ def _dense(tensor: Tensor) -> bool:
 def _check_same_computation(tape: Tape, baseline: Tape) -> None:
     """Inputs and baselines must have run the same operations: else the model chooses its path by its input."""
     if len(tape.nodes) != len(baseline.nodes) or tape.result != baseline.result:
-        raise UnsupportedOperation("the model runs other operations for the inputs than for the baselines; it must not")
+        raise UnsupportedOperationError(
+            "the model runs other operations for the inputs than for the baselines; it must not"
+        )
     for x, y in zip(tape.nodes, baseline.nodes, strict=True):
-        same = (x.op is y.op or {x.op, y.op} <= RESHAPES) and x.inputs == y.inputs and len(x.args) == len(y.args)
+        same = (x.op is y.op or {x.op, y.op} <= RESHAPES) and x.inputs == y.inputs
         same = same and _per_sample(x, tape.samples) == _per_sample(y, baseline.samples)
-        if same and x.op not in ROWS_IN_ARGUMENTS:
-            pairs = [*zip(x.args, y.args, strict=True), *((x.kwargs[k], y.kwargs.get(k)) for k in x.kwargs)]
-            same = all(same_constant(x, p, y, q, (tape.samples, baseline.samples)) for p, q in pairs)
-        if not same:
-            raise UnsupportedOperation(
-                f"{x.place}: {str(x.op).removesuffix('.default')} differs between the run on the inputs and the run on the "
-                "baselines; attribution needs a model that computes the same for each sample and draws nothing at random"
+        if not (same and same_constants(x, y, (tape.samples, baseline.samples))):
+            raise UnsupportedOperationError(
+                f"{x.place}: {str(x.op).removesuffix('.default')} differs between the run on the inputs and the run on "
+                "the baselines; attribution needs a model that computes the same for each sample, without random draws"
             )
 
 
-def _per_sample(node: object, samples: int) -> list[tuple[int, ...] | None]:
-    shapes = (*node.input_shapes, *node.output_shapes)  # type: ignore[attr-defined]
+def _per_sample(node: Node, samples: int) -> list[tuple[int, ...] | None]:
+    shapes = (*node.input_shapes, *node.output_shapes)
     return [None if s is None or len(s) == 0 else (s[0] // samples, *s[1:]) for s in shapes]

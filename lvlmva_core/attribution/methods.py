@@ -70,7 +70,7 @@ def _gradient(model: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[Tensor
 
 def _expected(model: nn.Module, baselines: Tensor, targets: Tensor, batch_size: int) -> Tensor:
     with eval_mode(model), torch.no_grad():
-        logits = torch.cat([model(part) for part in baselines.split(batch_size)])
+        logits = torch.cat([model(part) for part in torch.split(baselines, batch_size)])
     return logits.mean(0)[targets]
 
 

@@ -7,16 +7,16 @@ A rule sees b inputs and r baselines, whose activations were computed once each,
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from lvlmva_core.attribution.tape import Node, Rule, Value, refuse
+from lvlmva_core.attribution.tape import Keep, Node, Rule, Value, refuse
 
 aten = torch.ops.aten
 
@@ -59,27 +59,34 @@ class Step:
 
     def lift(self, g: Tensor) -> Tensor:
         """(b·r·k, ...) -> (b, r, k, ...)"""
-        return g.unflatten(0, (self.b, self.r, g.shape[0] // self.pairs))
+        return g.view(self.b, self.r, g.shape[0] // self.pairs, *g.shape[1:])
 
 
 def _lift(tensor: Tensor, samples: int) -> Tensor:
-    return tensor.unflatten(0, (samples, tensor.shape[0] // samples))
+    return tensor.view(samples, tensor.shape[0] // samples, *tensor.shape[1:])
 
 
 def _tile(node: Node, tensor: Tensor, rows: int, samples: int) -> Tensor:
     """The part of a constant that repeats from sample to sample."""
-    if tensor.ndim == 0 or rows == 1 or tensor.shape[0] in (0, 1) or tensor.ndim < len(node.output_shapes[0] or ()):
+    if tensor.ndim == 0 or rows == 1 or tensor.shape[0] in (0, 1) or tensor.ndim < len(node.output_shape):
         return tensor
-    tiles = tensor.unflatten(0, (samples, -1)) if tensor.shape[0] % samples == 0 else tensor[None]
+    tiles = tensor.reshape(samples, -1, *tensor.shape[1:]) if tensor.shape[0] % samples == 0 else tensor[None]
     if tensor.shape[0] != rows or not torch.equal(tiles, tiles[:1].expand_as(tiles)):
         raise refuse(node, f"uses a constant {tuple(tensor.shape)} that differs between the samples of a batch")
     return tiles[0]
 
 
-def same_constant(x: Node, a: Any, baseline: Node, b: Any, samples: tuple[int, int]) -> bool:
-    """Whether two runs used the same constant."""
+def same_constants(x: Node, baseline: Node, samples: tuple[int, int]) -> bool:
+    """Whether an operation had the same constants in both runs, but for a number of rows."""
+    if x.op in ROWS_IN_ARGUMENTS:
+        return True
+    a, b = (tree_leaves((node.args, node.kwargs)) for node in (x, baseline))
+    return len(a) == len(b) and all(_same_constant(x, p, baseline, q, samples) for p, q in zip(a, b, strict=True))
+
+
+def _same_constant(x: Node, a: Any, baseline: Node, b: Any, samples: tuple[int, int]) -> bool:
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-        return type(a) is type(b) and a == b
+        return type(a) is type(b) and bool(a == b)
     if a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()):
         return True
     if a.shape != b.shape:
@@ -157,8 +164,8 @@ def _expand(step: Step, g: list[Tensor]) -> list[Tensor | None]:
 
 
 def _check_expand(node: Node) -> None:
-    source, target = node.input_shapes[0], node.output_shapes[0]
-    if target is None or len(source) != len(target) or source[0] != target[0]:
+    source, target = node.input_shapes[0], node.output_shape
+    if len(source) != len(target) or source[0] != target[0]:
         raise refuse(node, "repeats samples")
 
 
@@ -170,6 +177,14 @@ def _check_cast(node: Node) -> None:
     dtype = node.kwargs.get("dtype")
     if dtype is not None:
         raise refuse(node, f"changes the dtype to {dtype}, which rounds; convert the model to one dtype")
+
+
+def _check_slice(node: Node) -> None:
+    # x[:, i] may slice the first dimension as a whole; nothing else may touch it
+    start, end, pace = (node.args[i] if len(node.args) > i else None for i in (2, 3, 4))
+    whole = start in (None, 0) and pace in (None, 1) and (end is None or end >= torch.iinfo(torch.int64).max)
+    if not whole:
+        _check_dims(node)
 
 
 def _permute(step: Step, g: list[Tensor]) -> list[Tensor | None]:
@@ -208,8 +223,7 @@ _DIM_NAMES = ("dim", "dims", "dim0", "dim1", "dimension")
 
 def _check_dims(node: Node) -> None:
     """Refuse an operation along the first dimension, which holds the samples."""
-    shape = node.output_shapes[0]
-    ndim = max(len(node.input_shapes[0]), len(shape or ()))
+    ndim = max(len(node.input_shapes[0]), len(node.output_shape))
     named = {argument.name: node.args[i] for i, argument in enumerate(node.op._schema.arguments) if i < len(node.args)}
     named.update(node.kwargs)
     for argument in node.op._schema.arguments:
@@ -226,15 +240,15 @@ def _check_dims(node: Node) -> None:
 
 
 def _check_elementwise(node: Node) -> None:
-    shape = node.output_shapes[0] or ()
+    shape = node.output_shape
     if any(len(source) != len(shape) or source[0] != shape[0] for source in node.input_shapes):
         raise refuse(node, "broadcasts along the first dimension, which holds the samples")
 
 
 def _check_pool(node: Node) -> None:
-    source, target = node.input_shapes[0], node.output_shapes[0] or ()
+    source, target = node.input_shapes[0], node.output_shape
     spatial = 2 if "2d" in str(node.op) else 3 if "3d" in str(node.op) else 1
-    if len(source) != spatial + 2 or source[:2] != torch.Size(target)[:2]:
+    if len(source) != spatial + 2 or source[:2] != target[:2]:
         raise refuse(node, "has no batch dimension")
 
 
@@ -279,7 +293,7 @@ def _mul(step: Step, g: list[Tensor]) -> list[Tensor | None]:
     """A product with a constant is linear. Of two followed factors, u·v, each gets the other's midpoint:
     Δ(uv) = v̄·Δu + ū·Δv, which is also the Shapley value of a product of two."""
     a, b = _operands(step.x)
-    rows = (step.x.output_shapes[0] or (1,))[0]
+    rows = step.x.output_shape[0]
     if isinstance(a, Value) and isinstance(b, Value):
         return [_to(step, 0, g[0] * step.middle(1)), _to(step, 1, g[0] * step.middle(0))]
     constant = _factor(step, b if isinstance(a, Value) else a, rows)
@@ -289,7 +303,7 @@ def _mul(step: Step, g: list[Tensor]) -> list[Tensor | None]:
 def _div(step: Step, g: list[Tensor]) -> list[Tensor | None]:
     """u/v as u·(1/v), the reciprocal by the rescale rule: Δ(1/v) = -Δv / (v_x·v_b)."""
     a, b = _operands(step.x)
-    rows = (step.x.output_shapes[0] or (1,))[0]
+    rows = step.x.output_shape[0]
     if not isinstance(b, Value):
         return [_to(step, 0, g[0] / _factor(step, b, rows))]
     x, baseline = step.inputs(1 if isinstance(a, Value) else 0)
@@ -309,7 +323,7 @@ def _check_div(node: Node) -> None:
 def _bmm(step: Step, g: list[Tensor]) -> list[Tensor | None]:
     """Like the product: each matrix gets the other's midpoint."""
     a, b = _operands(step.x)
-    rows = (step.x.output_shapes[0] or (1,))[0]
+    rows = step.x.output_shape[0]
     if isinstance(a, Value) and isinstance(b, Value):
         return [g[0] @ step.middle(1).mT, step.middle(0).mT @ g[0]]
     if isinstance(a, Value):
@@ -335,13 +349,26 @@ def _leaky_relu(node: Node) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda x, b: relu_multiplier(x, b).mul_(1.0 - slope).add_(slope)
 
 
+def _prelu(step: Step, g: list[Tensor]) -> list[Tensor | None]:
+    slope = step.constant(step.x.args[1], step.x.output_shape[0])
+    x, baseline = step.inputs(0)
+    share = relu_multiplier(x, baseline).flatten(0, 2)
+    return [g[0] * (share + (1.0 - share) * slope)]
+
+
+def _check_prelu(node: Node) -> None:
+    if len(node.inputs) != 1 or node.input_shapes[0] != node.output_shape:
+        raise refuse(node, "has a slope that depends on the input")
+
+
 def _hardtanh_multiplier(x: Tensor, b: Tensor, low: float, high: float) -> Tensor:
     out = relu_multiplier(x - low, b - low) if low > -math.inf else torch.ones_like(x + b)
     return out.sub_(relu_multiplier(x - high, b - high)) if high < math.inf else out
 
 
 def _hardtanh(node: Node) -> Callable[[Tensor, Tensor], Tensor]:
-    low, high = (*node.args[1:3], *(-1.0, 1.0)[len(node.args) - 1 :])
+    low = node.args[1] if len(node.args) > 1 else -1.0
+    high = node.args[2] if len(node.args) > 2 else 1.0
     return lambda x, b: _hardtanh_multiplier(x, b, low, high)
 
 
@@ -377,7 +404,7 @@ def _abs(node: Node) -> Callable[[Tensor, Tensor], Tensor]:
 
 def _elu(node: Node) -> Callable[[Tensor, Tensor], Tensor]:
     """relu(x)·scale + α·scale·(exp(min(x, 0)·s) - 1): each part by its own divided difference."""
-    alpha, scale, input_scale = (*node.args[1:4], *(1.0, 1.0, 1.0)[len(node.args) - 1 :])
+    alpha, scale, input_scale = (node.args[i] if len(node.args) > i else 1.0 for i in (1, 2, 3))
 
     def multiplier(x: Tensor, b: Tensor) -> Tensor:
         positive = relu_multiplier(x, b)
@@ -443,7 +470,7 @@ def _pow(node: Node) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _check_same_shape(node: Node) -> None:
-    if len(node.inputs) != 1 or node.input_shapes[0] != node.output_shapes[0]:
+    if len(node.inputs) != 1 or node.input_shapes[0] != node.output_shape:
         raise refuse(node, "is supported as a function of one followed tensor only")
     if any(isinstance(arg, Tensor) for arg in node.args[1:]):
         raise refuse(node, "is supported with plain numbers as its parameters only")
@@ -465,7 +492,7 @@ def _pointwise(multiplier: Callable[[Node], Callable[[Tensor, Tensor], Tensor]])
             out = out.clone(memory_format=layout)
         x = _flat(step.x.saved[0].contiguous(memory_format=layout), layout, step.b)
         baseline = _flat(step.baseline.saved[0].contiguous(memory_format=layout), layout, step.r)
-        flat = _flat(out, layout, step.pairs).unflatten(0, (step.b, step.r))
+        flat = _flat(out, layout, step.pairs).view(step.b, step.r, -1)
         width = max(block // step.r, 512)
         for i in range(step.b):
             for start in range(0, flat.shape[-1], width):
@@ -473,7 +500,7 @@ def _pointwise(multiplier: Callable[[Node], Callable[[Tensor, Tensor], Tensor]])
                 flat[i, :, part].mul_(rule(x[i, None, part], baseline[:, part]))
         return [out]
 
-    return Rule(True, False, _check_same_shape, backward)
+    return Rule(Keep.INPUTS, _check_same_shape, backward)
 
 
 def _layout(tensor: Tensor) -> torch.memory_format | None:
@@ -502,7 +529,7 @@ def _unflat(tensor: Tensor, layout: torch.memory_format, shape: tuple[int, ...])
 
 
 def _max_pool(step: Step, g: list[Tensor]) -> list[Tensor | None]:
-    """Each window's g·Δout goes to the position that wins: the input's where its maximum is larger, else the baseline's.
+    """Each window's g·Δout goes to where its maximum stands: in the input where that is larger, else in the baseline.
 
     With m = max(o_x, o_b), g·(m - o_b) goes to the input's winner and g·(o_x - m) to the baseline's; one of the two is
     zero, and at the other |Δin| >= |Δout|, so that the multiplier lies in [0, 1]. Overlapping windows accumulate.
@@ -552,7 +579,7 @@ def _softmax(step: Step, g: list[Tensor]) -> list[Tensor | None]:
     return [result.to(g[0].dtype).flatten(0, 2)]
 
 
-def _normalise(g: Tensor, x: Tensor, b: Tensor, eps: float, dims: Sequence[int]) -> Tensor:
+def _normalise(g: Tensor, x: Tensor, b: Tensor, eps: float, dims: list[int]) -> Tensor:
     """(x - mean)·(variance + eps)^-½ as a composition: the mean is linear, the square and the product take the midpoint
     rule, the root the rescale rule."""
     c_x, c_b = x - x.mean(dims, keepdim=True), b - b.mean(dims, keepdim=True)
@@ -575,9 +602,14 @@ def _layer_norm(step: Step, g: list[Tensor]) -> list[Tensor | None]:
 def _group_norm(step: Step, g: list[Tensor]) -> list[Tensor | None]:
     _, weight, _, _, _, _, groups, eps = step.x.args
     out = g[0] if weight is None else g[0] * weight.reshape(1, -1, *[1] * (g[0].ndim - 2))
-    x, b = (t.unflatten(3, (groups, -1)).flatten(4) for t in step.inputs(0))
-    result = _normalise(step.lift(out).unflatten(3, (groups, -1)).flatten(4), x, b, eps, [-1])
+    x, b = (_in_groups(t, groups) for t in step.inputs(0))
+    result = _normalise(_in_groups(step.lift(out), groups), x, b, eps, [-1])
     return [result.reshape(step.shape(0))]
+
+
+def _in_groups(tensor: Tensor, groups: int) -> Tensor:
+    """(b, r, k, C, ...) -> (b, r, k, groups, -1)"""
+    return tensor.reshape(*tensor.shape[:3], groups, -1)
 
 
 def _check_normalisation(node: Node) -> None:
@@ -591,12 +623,11 @@ def _check_normalisation(node: Node) -> None:
 def _rule(
     backward: Callable[..., Any],
     check: Callable[[Node], None] | None = None,
+    keep: Keep = Keep.NOTHING,
     *,
-    save_inputs: bool = False,
-    save_outputs: bool = False,
     one_output: bool = False,
 ) -> Rule:
-    return Rule(save_inputs, save_outputs, check, lambda step, g, owned: backward(step, g), one_output)
+    return Rule(keep, check, lambda step, g, owned: backward(step, g), one_output)
 
 
 def _table() -> dict[OpOverload, Rule]:
@@ -616,19 +647,20 @@ def _table() -> dict[OpOverload, Rule]:
     )
     add(_rule(_addmm, _check_addmm), "addmm")
     add(_rule(_mm, _check_mm), "mm")
-    add(_rule(_bmm, _check_elementwise_rows, save_inputs=True), "bmm")
+    add(_rule(_bmm, _check_rows, Keep.FACTORS), "bmm")
     add(_rule(_reshape), "view", "_unsafe_view", "reshape", "_reshape_alias")
     add(_rule(_expand, _check_expand), "expand")
     add(_rule(_permute, _check_dims), "permute")
-    identity = Rule(False, False, None, lambda step, g, owned: g, identity=True)
+    identity = Rule(Keep.NOTHING, None, lambda step, g, owned: g, identity=True)
     add(identity, "clone", "detach", "alias", "contiguous", "lift_fresh", "as_strided")
     add(_rule(_cast, _check_cast), "_to_copy")
     add(
         _rule(_linear, _check_dims),
-        *("transpose.int", "unsqueeze", "squeeze.dim", "squeeze.dims", "select.int", "slice.Tensor", "cat", "stack"),
+        *("transpose.int", "unsqueeze", "squeeze.dim", "squeeze.dims", "select.int", "cat", "stack"),
         *("split.Tensor", "split_with_sizes", "unbind.int", "mean.dim", "sum.dim_IntList", "flip", "roll", "narrow"),
         *("index_select", "cumsum"),
     )
+    add(_rule(_linear, _check_slice), "slice.Tensor")
     add(
         _rule(_linear, _check_pool),
         *("avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "upsample_nearest2d"),
@@ -643,10 +675,12 @@ def _table() -> dict[OpOverload, Rule]:
     add(_rule(_sub, _check_elementwise), "sub.Tensor", "sub.Scalar")
     add(_rule(_rsub, _check_elementwise), "rsub.Tensor", "rsub.Scalar")
     add(_rule(_neg, _check_elementwise), "neg")
-    add(_rule(_mul, _check_elementwise, save_inputs=True), "mul.Tensor", "mul.Scalar")
-    add(_rule(_div, _check_div, save_inputs=True), "div.Tensor", "div.Scalar")
+    add(_rule(_mul, _check_elementwise, Keep.FACTORS), "mul.Tensor", "mul.Scalar")
+    add(_rule(_div, _check_div), "div.Scalar")
+    add(_rule(_div, _check_div, Keep.INPUTS), "div.Tensor")
     add(_pointwise(lambda node: relu_multiplier), "relu")
     add(_pointwise(_leaky_relu), "leaky_relu")
+    add(_rule(_prelu, _check_prelu, Keep.INPUTS), "_prelu_kernel")
     add(_pointwise(_hardtanh), "hardtanh")
     add(_pointwise(lambda node: lambda x, b: _hardtanh_multiplier(x, b, 0.0, 6.0)), "relu6")
     add(_pointwise(_clamp), "clamp")
@@ -661,25 +695,24 @@ def _table() -> dict[OpOverload, Rule]:
     add(_pointwise(_sqrt), "sqrt")
     add(_pointwise(_rsqrt), "rsqrt")
     add(_pointwise(_pow), "pow.Tensor_Scalar")
-    kept = {"save_inputs": True, "save_outputs": True}
-    add(_rule(_max_pool, _check_pool, **kept), "max_pool2d_with_indices", "max_pool3d_with_indices")
-    add(_rule(_max_pool, _check_pool, **kept), "adaptive_max_pool2d", "adaptive_max_pool3d")
-    add(_rule(_softmax, _check_dims, save_inputs=True), "_softmax")
-    add(_rule(_layer_norm, _check_normalisation, save_inputs=True, one_output=True), "native_layer_norm")
-    add(_rule(_group_norm, _check_normalisation, save_inputs=True, one_output=True), "native_group_norm")
+    add(
+        _rule(_max_pool, _check_pool, Keep.ALL),
+        *("max_pool2d_with_indices", "max_pool3d_with_indices", "adaptive_max_pool2d", "adaptive_max_pool3d"),
+    )
+    add(_rule(_softmax, _check_dims, Keep.INPUTS), "_softmax")
+    add(_rule(_layer_norm, _check_normalisation, Keep.INPUTS, one_output=True), "native_layer_norm")
+    add(_rule(_group_norm, _check_normalisation, Keep.INPUTS, one_output=True), "native_group_norm")
     return table
 
 
-def _check_elementwise_rows(node: Node) -> None:
-    rows = (node.output_shapes[0] or (0,))[0]
+def _check_rows(node: Node) -> None:
+    rows = node.output_shape[0]
     if any(shape[0] != rows for shape in node.input_shapes):
         raise refuse(node, "broadcasts along the first dimension, which holds the samples")
 
 
 def _check_padding(node: Node) -> None:
-    if (node.output_shapes[0] or (0,))[0] != node.input_shapes[0][0] or len(node.args[1]) >= 2 * len(
-        node.input_shapes[0]
-    ):
+    if node.output_shape[0] != node.input_shapes[0][0] or len(node.args[1]) >= 2 * len(node.input_shapes[0]):
         raise refuse(node, "pads the first dimension, which holds the samples")
 
 

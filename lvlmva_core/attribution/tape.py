@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -23,15 +24,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-class UnsupportedOperation(InputError):
+class UnsupportedOperationError(InputError):
     """A model does something for which no exact attribution rule is known; the message names it and its place."""
 
 
 class Value(NamedTuple):
-    """A tensor that depends on the input: output `index` of node `node` (node -1 is the input itself)."""
+    """A tensor that depends on the input: output `slot` of node `node` (node -1 is the input itself)."""
 
     node: int
-    index: int
+    slot: int
 
 
 INPUT = Value(-1, 0)
@@ -50,6 +51,11 @@ class Node:
     place: str
     saved: list[Tensor] = field(default_factory=list)
 
+    @property
+    def output_shape(self) -> torch.Size:
+        """Shape of the first output, which is a tensor in every operation that has a rule."""
+        return self.output_shapes[0] or torch.Size()
+
 
 @dataclass(eq=False)
 class Tape:
@@ -62,16 +68,24 @@ class Tape:
     result: Value
 
 
-class Rule(NamedTuple):
-    """How one operation is attributed: what must be kept of a forward pass, a check, and the backward step.
+class Keep(Enum):
+    """What of an operation is kept of a forward pass for its backward step."""
 
-    check: called with the node when it is recorded; raises UnsupportedOperation.
+    NOTHING = "nothing"
+    INPUTS = "inputs"
+    FACTORS = "inputs, where two of them depend on the model's input"
+    ALL = "inputs and outputs"
+
+
+class Rule(NamedTuple):
+    """How one operation is attributed: what is kept of a forward pass, a check, and the backward step.
+
+    check: called with the node when it is recorded; raises UnsupportedOperationError.
     one_output: only the first output counts; the others are statistics that models do not use.
     identity: the operation moves memory at most (PyTorch does so as the batch size demands), and is not recorded.
     """
 
-    save_inputs: bool
-    save_outputs: bool
+    keep: Keep
     check: Callable[[Node], None] | None
     backward: Callable[..., Any]
     one_output: bool = False
@@ -89,11 +103,12 @@ def record(model: nn.Module, inputs: Tensor, rules: Mapping[OpOverload, Rule], c
         inputs: (n, ...) floating point, not written to.
 
     Raises:
-        UnsupportedOperation: an operation has no rule, or mixes samples.
+        UnsupportedOperationError: an operation has no rule, or mixes samples.
     """
     recorder = _Recorder(model, inputs.shape[0], rules, constant_ops)
     with ExitStack() as stack:
         stack.enter_context(eval_mode(model))
+        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(inputs.device.type, enabled=False))
         stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
@@ -108,18 +123,18 @@ def record(model: nn.Module, inputs: Tensor, rules: Mapping[OpOverload, Rule], c
         found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise InputError(f"the model returned {found} for {inputs.shape[0]} samples, expected logits (n, K); wrap it")
     if output not in recorder.values:
-        raise UnsupportedOperation(
+        raise UnsupportedOperationError(
             "the model's output does not depend on its input through operations that can be followed; "
             "return logits computed by torch operations on the input"
         )
     return Tape(inputs.shape[0], inputs, recorder.nodes, output.detach(), recorder.values[output])
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch has no types there
     def __init__(
         self, model: nn.Module, samples: int, rules: Mapping[OpOverload, Rule], constant_ops: frozenset[Any]
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.samples = samples
         self.rules = rules
         self.constant_ops = constant_ops
@@ -127,28 +142,35 @@ class _Recorder(TorchDispatchMode):
         self.values: Any = WeakTensorKeyDictionary()
         self._stale: Any = WeakTensorKeyDictionary()
         self._names = {id(module): name for name, module in model.named_modules()}
+        self._own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers()) if t.numel()}
         self._kept: dict[int, list[tuple[Node, int]]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         followed = [leaf for leaf in tree_flatten((args, kwargs))[0] if self._follows(leaf)]
         if not followed:
+            self._refuse_writing_to_the_model(func, args)
             return func(*args, **kwargs)
         if func in self.constant_ops:
             return func(*args, **kwargs)
         functional, in_place = _out_of_place(func)
         rule = self.rules.get(functional)
         place = _place(self._names)
+        if func in _READS_A_VALUE:
+            raise UnsupportedOperationError(
+                f"{place}: {_readable(func)} reads a value that depends on the input, as a condition does; "
+                "attribution needs a model that computes the same for every input"
+            )
         if rule is None or (func._schema.is_mutable and not in_place):
-            raise UnsupportedOperation(f"{place}: no attribution rule for {_readable(func)}; {_ADVICE}")
+            raise UnsupportedOperationError(f"{place}: no attribution rule for {_readable(func)}; {_ADVICE}")
         for tensor in followed:
             if tensor in self._stale:
-                raise UnsupportedOperation(
+                raise UnsupportedOperationError(
                     f"{place}: {_readable(func)} reads a tensor whose memory was changed in place through another "
                     f"view; use the operation that is not in place"
                 )
         if in_place and not self._follows(args[0]):
-            raise UnsupportedOperation(
+            raise UnsupportedOperationError(
                 f"{place}: {_readable(func)} writes what depends on the input into a tensor that does not; "
                 "build the result with torch.cat, torch.stack or torch.where instead"
             )
@@ -161,7 +183,7 @@ class _Recorder(TorchDispatchMode):
             (),
             place,
         )
-        if rule.save_inputs:
+        if rule.keep in (Keep.INPUTS, Keep.ALL) or (rule.keep is Keep.FACTORS and len(followed) > 1):
             self._keep(node, followed)
         if rule.identity:
             out = func(*args, **kwargs)
@@ -179,13 +201,22 @@ class _Recorder(TorchDispatchMode):
         self._check_rows(node)
         if rule.check is not None:
             rule.check(node)
-        if rule.save_outputs:
+        if rule.keep is Keep.ALL:
             self._keep(node, [o for o in outputs if isinstance(o, Tensor)])
         self.nodes.append(node)
         for index, tensor in enumerate(outputs):
             if isinstance(tensor, Tensor):
                 self.values[args[0] if in_place else tensor] = Value(len(self.nodes) - 1, index)
         return out
+
+    def _refuse_writing_to_the_model(self, func: Any, args: Any) -> None:
+        if func._schema.is_mutable and any(
+            isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() in self._own for leaf in args[:1]
+        ):
+            raise UnsupportedOperationError(
+                f"{_place(self._names)}: {_readable(func)} changes a parameter or buffer of the model in its forward, "
+                "so that the model would not come back as it was; make the forward free of such effects in eval mode"
+            )
 
     def _follows(self, leaf: Any) -> bool:
         return isinstance(leaf, Tensor) and leaf in self.values
@@ -211,18 +242,20 @@ class _Recorder(TorchDispatchMode):
     def _check_rows(self, node: Node) -> None:
         for shape in node.output_shapes:
             if shape is not None and (len(shape) == 0 or shape[0] == 0 or shape[0] % self.samples):
-                raise UnsupportedOperation(
+                raise UnsupportedOperationError(
                     f"{node.place}: {_readable(node.op)} gives a tensor {tuple(shape)} that does not keep the samples "
                     "apart in its first dimension; attribution needs a model that treats each sample on its own"
                 )
 
 
+_READS_A_VALUE = frozenset({torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default})
+
 _ADVICE = "replace it by a supported operation (docs/attribution.md lists them) or choose another attribute.method"
 
 
-def refuse(node: Node, why: str) -> UnsupportedOperation:
+def refuse(node: Node, why: str) -> UnsupportedOperationError:
     """The error for a recorded operation that is known, but not in this use."""
-    return UnsupportedOperation(f"{node.place}: {_readable(node.op)} {why}; {_ADVICE}")
+    return UnsupportedOperationError(f"{node.place}: {_readable(node.op)} {why}; {_ADVICE}")
 
 
 def _readable(func: Any) -> str:
