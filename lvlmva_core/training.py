@@ -1,6 +1,8 @@
 """Cross-entropy training, and the order in which samples are drawn."""
 
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pandas as pd
 import torch
@@ -20,6 +22,8 @@ def set_up_compute(device: str, threads: int) -> torch.device:
     """
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"compute.device: no CUDA device for '{device}' on this machine; set it to cpu")
+    # cuBLAS is deterministic only with a workspace of fixed size, which it reads when it starts
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     torch.backends.cudnn.benchmark = False
@@ -27,17 +31,29 @@ def set_up_compute(device: str, threads: int) -> torch.device:
     return torch.device(device)
 
 
+@contextmanager
+def own_draws(device: torch.device, seed: int, epoch: int) -> Iterator[None]:
+    """Layers that draw random numbers (dropout) take them from (seed, epoch); the global generators are restored."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed * 1_000_003 + epoch)
+        yield
+
+
 def epoch_batches(n_samples: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
     """One pass over the samples in random order: row numbers (int64); the last batch may be shorter."""
     yield from torch.randperm(n_samples, generator=generator).split(batch_size)
 
 
-def endless_batches(n_samples: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+def endless_batches(n_samples: int, batch_size: int, generator: torch.Generator, skip: int = 0) -> Iterator[Tensor]:
     """An endless stream of full batches of row numbers, reshuffled at each pass (LVLM-VA §4.4).
 
-    Passes run on into one another, so that every sample is drawn equally often whatever the length of an epoch.
+    Passes run on into one another, so that every sample is drawn equally often whatever the length of an epoch. The
+    first `skip` batches are drawn but not yielded.
     """
-    pool = torch.empty(0, dtype=torch.int64)
+    passes, rows = divmod(skip * batch_size, n_samples)
+    for _ in range(passes):
+        torch.randperm(n_samples, generator=generator)
+    pool = torch.randperm(n_samples, generator=generator)[rows:]
     while True:
         while len(pool) < batch_size:
             pool = torch.cat([pool, torch.randperm(n_samples, generator=generator)])
@@ -59,11 +75,12 @@ def train_classifier(
     val_labels: Tensor,
     *,
     learning_rate: float,
+    weight_decay: float = 0.0,
     batch_size: int,
     epochs: int,
     seed: int,
 ) -> pd.DataFrame:
-    """Train `model` in place with cross-entropy and Adam; the model is left in eval mode.
+    """Train `model` in place with cross-entropy and Adam (decoupled weight decay); the model is left in eval mode.
 
     Args:
         images: float32 (N, C, H, W) in [0, 1], on the model's device. labels: int64 (N,).
@@ -75,7 +92,7 @@ def train_classifier(
         InputError: the loss stops being finite.
     """
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
     curve = []
     for epoch in track(range(1, epochs + 1), "train"):
         model.train()

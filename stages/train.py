@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lvlmva_core.arrays import write_json
 from lvlmva_core.config import load_params
-from lvlmva_core.models import ModelSpec, build_model, save_checkpoint
+from lvlmva_core.models import ModelSpec, build_model, load_weights, save_checkpoint
 from lvlmva_core.samples import read_class_names, read_samples
 from lvlmva_core.training import set_up_compute, train_classifier
 from stages.data import split_tensors
@@ -19,8 +19,12 @@ def train(params: Path, images: Path, samples: Path, out: Path, metrics: Path, c
     table = read_samples(samples)
     pixels, labels, _ = split_tensors(images, table, "train", device)
     val_pixels, val_labels, _ = split_tensors(images, table, "val", device)
-    spec = ModelSpec(config.model, *pixels.shape[1:], n_classes=len(read_class_names(images)), hidden=config.hidden)
-    model = build_model(spec, config.seed).to(device)
+    channels, height, width = pixels.shape[1:]
+    spec = ModelSpec(config.model, channels, height, width, len(read_class_names(images)), config.hidden)
+    model = build_model(spec, config.seed)
+    if config.weights is not None:
+        load_weights(model, spec, config.weights)
+    model.to(device)
     history = train_classifier(
         model,
         pixels,
@@ -28,6 +32,7 @@ def train(params: Path, images: Path, samples: Path, out: Path, metrics: Path, c
         val_pixels,
         val_labels,
         learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
         batch_size=config.batch_size,
         epochs=config.epochs,
         seed=config.seed,

@@ -4,7 +4,17 @@ import pytest
 import torch
 
 from lvlmva_core.errors import InputError
-from lvlmva_core.models import ModelSpec, build_model, load_checkpoint, predict_logits, save_checkpoint, weights_digest
+from lvlmva_core.models import (
+    ModelSpec,
+    build_model,
+    last_linear,
+    load_checkpoint,
+    load_weights,
+    penultimate_features,
+    predict_logits,
+    save_checkpoint,
+    weights_digest,
+)
 from lvlmva_core.training import accuracy, set_up_compute, train_classifier
 
 SPEC = ModelSpec("mlp", 1, 6, 5, n_classes=3, hidden=7)
@@ -64,7 +74,7 @@ def test_a_bad_checkpoint_is_named(tmp_path: Path) -> None:
 
 
 def test_unknown_names_and_devices_are_refused() -> None:
-    with pytest.raises(InputError, match="no model 'vit'; known: mlp"):
+    with pytest.raises(InputError, match="no model 'vit'; known: mlp, small_resnet, and torchvision's"):
         build_model(ModelSpec("vit", 1, 6, 5, 3, 7), 0)
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="no CUDA device for 'cuda'"):
@@ -87,3 +97,95 @@ def test_training_learns_what_can_be_learned_and_repeats_itself() -> None:
     assert curve["epoch"].tolist() == list(range(1, 16))
     assert curve["loss"].iloc[-1] < 0.3 * curve["loss"].iloc[0]
     assert accuracy(model, images, labels) == curve["val_accuracy"].iloc[-1] > 0.9
+
+
+@pytest.mark.parametrize("name", ["mlp", "small_resnet", "resnet18"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_model_comes_back_from_its_checkpoint_and_ends_in_its_last_layer(
+    name: str, channels: int, tmp_path: Path
+) -> None:
+    spec = ModelSpec(name, channels, 32, 32, n_classes=3, hidden=4)
+    model = build_model(spec, seed=1).eval()
+    images = torch.rand((5, channels, 32, 32), generator=torch.Generator().manual_seed(0))
+    save_checkpoint(tmp_path / "m", spec, model)
+    loaded, _ = load_checkpoint(tmp_path / "m", CPU)
+    logits = predict_logits(model, images)
+    assert logits.shape == (5, 3)
+    assert torch.equal(predict_logits(loaded, images), logits)
+    features = penultimate_features(model, images, batch_size=2)
+    layer = last_linear(model)
+    torch.testing.assert_close(features @ layer.weight.detach().T + layer.bias.detach(), logits)
+
+
+def test_torchvisions_models_are_torchvisions_on_normalised_pixels() -> None:
+    from torchvision import models, transforms
+
+    spec = ModelSpec("resnet18", 1, 32, 32, n_classes=4, hidden=1)
+    ours = build_model(spec, seed=0).eval()
+    official = models.resnet18(weights=None, num_classes=4).eval()
+    official.load_state_dict(ours.net.state_dict())  # type: ignore[union-attr, operator]
+    grey = torch.rand((3, 1, 32, 32), generator=torch.Generator().manual_seed(0))
+    normalise = transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    torch.testing.assert_close(ours(grey), official(normalise(grey.expand(-1, 3, -1, -1))))
+
+
+def test_the_small_resnet_is_residual() -> None:
+    """With the inner convolutions at zero a block passes on its shortcut, by hand."""
+    model = build_model(ModelSpec("small_resnet", 1, 32, 32, n_classes=2, hidden=4), seed=0).eval()
+    block = model.net[3]  # type: ignore[index, union-attr]
+    features = torch.randn(2, 4, 6, 6)
+    torch.nn.init.zeros_(block.conv2.weight)
+    torch.testing.assert_close(block(features), features.clamp(min=0))
+    assert sum(isinstance(module, torch.nn.ReLU) for module in model.modules()) == 7  # none is used twice
+
+
+@pytest.mark.parametrize("ending", [".pt", ".safetensors"])
+def test_weights_from_a_file_replace_all_but_a_head_of_another_size(ending: str, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+    from torchvision import models
+
+    official = models.resnet18(weights=None, num_classes=7).state_dict()
+    file = tmp_path / f"w{ending}"
+    torch.save(official, file) if ending == ".pt" else save_file(official, str(file))
+    spec = ModelSpec("resnet18", 1, 32, 32, n_classes=2, hidden=1)
+    model, fresh = build_model(spec, seed=0), build_model(spec, seed=0)
+    load_weights(model, spec, str(file))
+    for name, tensor in model.net.state_dict().items():  # type: ignore[union-attr, operator]
+        expected = fresh.net.state_dict() if name.startswith("fc.") else official  # type: ignore[union-attr, operator]
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_checkpoint_of_ours_serves_as_weights(tmp_path: Path) -> None:
+    spec = ModelSpec("small_resnet", 1, 32, 32, n_classes=2, hidden=4)
+    trained = build_model(spec, seed=5)
+    save_checkpoint(tmp_path / "w.safetensors", spec, trained)
+    model = build_model(spec, seed=0)
+    load_weights(model, spec, str(tmp_path / "w.safetensors"))
+    assert weights_digest(model) == weights_digest(trained)
+
+
+def test_weights_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    spec = ModelSpec("resnet18", 3, 32, 32, n_classes=2, hidden=1)
+    model = build_model(spec, seed=0)
+    with pytest.raises(InputError, match=r"gone\.pt: no such file"):
+        load_weights(model, spec, str(tmp_path / "gone.pt"))
+    (tmp_path / "bad.safetensors").write_bytes(b"nothing")
+    with pytest.raises(InputError, match=r"bad\.safetensors: not a readable checkpoint"):
+        load_weights(model, spec, str(tmp_path / "bad.safetensors"))
+    torch.save({"fc.weight": torch.zeros(2, 512)}, tmp_path / "part.pt")
+    with pytest.raises(InputError, match="does not fit model 'resnet18'"):
+        load_weights(model, spec, str(tmp_path / "part.pt"))
+    torch.save(Path("not tensors"), tmp_path / "pickle.pt")
+    with pytest.raises(InputError, match=r"pickle\.pt: not a readable checkpoint"):
+        load_weights(model, spec, str(tmp_path / "pickle.pt"))
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(InputError, match="holds no state dict"):
+        load_weights(model, spec, str(tmp_path / "list.pt"))
+    with pytest.raises(InputError, match="'resnet18' has no weights 'BEST'; known: IMAGENET1K_V1"):
+        load_weights(model, spec, "BEST")
+    with pytest.raises(InputError, match="torchvision has no weights for 'mlp'"):
+        load_weights(build_model(SPEC, 0), SPEC, "DEFAULT")
+    with pytest.raises(InputError, match="outputs beside its logits"):
+        build_model(ModelSpec("googlenet", 3, 32, 32, 2, 1), 0)
+    with pytest.raises(InputError, match="takes 1 or 3 channels, the data has 2"):
+        build_model(ModelSpec("resnet18", 2, 32, 32, 2, 1), 0)
