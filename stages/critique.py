@@ -49,9 +49,10 @@ def critique(
             row["critique"] = criticise_by_rules(pictures[place], label_maps[place])
     elif config.critic == "oracle":
         _ask_oracle(config, rows, label_maps, ids, attributions, spurious_masks, places)
-    elif not _ask_model(config, rows, label_maps, pictures, class_names, prompts / config.prompts, out, dry_run):
-        return
-    write_rows(out, rows)
+    else:
+        _ask_model(config, rows, label_maps, pictures, class_names, prompts / config.prompts, out, dry_run)
+    if not dry_run:
+        write_rows(out, rows)
 
 
 def _row(config: Critique, sample: str, label_map: np.ndarray, status: str, label: int, class_names: list[str]) -> Row:
@@ -120,8 +121,8 @@ def _ask_model(
     folder: Path,
     out: Path,
     dry_run: bool,
-) -> bool:
-    """Fill in the critiques of a model; False after a dry run."""
+) -> None:
+    """Fill in the critiques of a model; after a dry run there are none."""
     endpoint = config.endpoint
     assert endpoint is not None
     loaded = load_critic_prompts(folder, class_names)
@@ -155,7 +156,7 @@ def _ask_model(
         dry_run=dry_run,
     )
     if results is None:
-        return False
+        return
     settings = {"name_spurious_feature": config.name_spurious_feature, "prompt": loaded.digest}
     for place, result in zip(places, results, strict=True):
         rows[place]["settings"] = settings
@@ -163,7 +164,6 @@ def _ask_model(
             rows[place]["failure"] = f"no critique: {result}"
         else:
             rows[place] |= {"critique": answer_text(result), "record": result}
-    return True
 
 
 if __name__ == "__main__":

@@ -25,10 +25,11 @@ def judge(params: Path, critiques: Path, prompts: Path, out: Path, metrics: Path
     if config.judge == "rules":
         for place in places:
             _judge_by_rules(rows[place], given[place])
-    elif not _ask_model(config, rows, given, places, prompts / config.prompts, out, dry_run):
-        return
-    write_rows(out, rows)
-    write_json(metrics, {"judge": summarise(rows)})
+    else:
+        _ask_model(config, rows, given, places, prompts / config.prompts, out, dry_run)
+    if not dry_run:
+        write_rows(out, rows)
+        write_json(metrics, {"judge": summarise(rows)})
 
 
 def _row(critique: Row, config: Judge) -> Row:
@@ -49,8 +50,8 @@ def _judge_by_rules(row: Row, critique: Row) -> None:
 
 def _ask_model(
     config: Judge, rows: list[Row], given: list[Row], places: list[int], folder: Path, out: Path, dry_run: bool
-) -> bool:
-    """Fill in the verdicts of a model; False after a dry run."""
+) -> None:
+    """Fill in the verdicts of a model; after a dry run there are none."""
     endpoint = config.endpoint
     assert endpoint is not None
     loaded = load_judge_prompts(folder)
@@ -88,7 +89,7 @@ def _ask_model(
         dry_run=dry_run,
     )
     if results is None:
-        return False
+        return
     for place, result in zip(places, results, strict=True):
         if isinstance(result, str):
             rows[place]["failure"] = f"no verdict: {result}"
@@ -100,7 +101,6 @@ def _ask_model(
         rows[place]["verdicts"] = [
             {**entry, "verdict": result.verdicts[entry["color"]]} for entry in given[place]["regions"]
         ]
-    return True
 
 
 def summarise(rows: list[Row]) -> dict[str, Any]:
