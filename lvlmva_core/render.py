@@ -1,10 +1,11 @@
 """Pictures of images and regions as the Critic and people see them; numpy and Pillow only."""
 
 import io
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from lvlmva_core.config import PALETTE_SIZE
 
@@ -19,20 +20,23 @@ class Colour(NamedTuple):
     rgb: tuple[int, int, int]
 
 
+# The first eight differ by at least LEAST_DIFFERENCE (CIEDE2000) from one another, as most people see them and as seen
+# without red, green or blue cones (protanopia, deuteranopia, tritanopia after Machado et al. 2009).
 PALETTE = (
-    Colour("red", (220, 30, 30)),
-    Colour("blue", (30, 60, 220)),
-    Colour("yellow", (250, 230, 40)),
-    Colour("green", (20, 140, 40)),
+    Colour("red", (234, 0, 0)),
+    Colour("blue", (14, 100, 255)),
+    Colour("yellow", (255, 246, 63)),
+    Colour("green", (9, 136, 70)),
+    Colour("purple", (76, 27, 156)),
+    Colour("cyan", (27, 252, 254)),
+    Colour("brown", (85, 50, 26)),
+    Colour("pink", (255, 117, 161)),
+    Colour("orange", (255, 140, 0)),
     Colour("white", (255, 255, 255)),
     Colour("black", (0, 0, 0)),
-    Colour("cyan", (60, 220, 240)),
-    Colour("purple", (120, 20, 140)),
-    Colour("orange", (250, 140, 20)),
-    Colour("pink", (250, 160, 200)),
-    Colour("brown", (120, 70, 30)),
-    Colour("grey", (130, 130, 130)),
+    Colour("grey", (140, 140, 140)),
 )
+LEAST_DIFFERENCE = 14.5
 COLOUR_NAMES = tuple(colour.name for colour in PALETTE)
 
 
@@ -79,7 +83,7 @@ def render_overlay(
 def to_png(picture: np.ndarray) -> bytes:
     """uint8 (H, W, 3) -> PNG bytes without metadata, the same for the same picture and Pillow."""
     buffer = io.BytesIO()
-    Image.fromarray(picture, mode=None).save(buffer, format="PNG", compress_level=6)
+    Image.fromarray(picture).save(buffer, format="PNG", compress_level=6)
     return buffer.getvalue()
 
 
@@ -130,3 +134,32 @@ def _grown(mask: np.ndarray, radius: int) -> np.ndarray:
         for k in range(2 * radius + 1):
             grown |= padded[i : i + height, k : k + width]
     return grown
+
+
+def contact_sheet(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], gap: int = 8) -> np.ndarray:
+    """Lay pictures out in rows under column titles.
+
+    Args:
+        rows: uint8 (H, W, 3) pictures, all of one size, as many in each row as there are titles.
+        titles: of the columns.
+        gap: white pixels between pictures.
+
+    Returns:
+        uint8 (H', W', 3).
+    """
+    sizes = {picture.shape for row in rows for picture in row}
+    if len(sizes) != 1 or any(len(row) != len(titles) for row in rows):
+        raise ValueError(
+            f"pictures must have one size and a title for each column, not {sizes} and {len(titles)} titles"
+        )
+    ((height, width, _),) = sizes
+    band = 20 + gap
+    sheet = np.full((band + len(rows) * (height + gap), gap + len(titles) * (width + gap), 3), 255, dtype=np.uint8)
+    for i, row in enumerate(rows):
+        for k, picture in enumerate(row):
+            top, left = band + i * (height + gap), gap + k * (width + gap)
+            sheet[top : top + height, left : left + width] = picture
+    canvas = Image.fromarray(sheet)
+    for k, title in enumerate(titles):
+        ImageDraw.Draw(canvas).text((gap + k * (width + gap), gap), title, fill=(0, 0, 0))
+    return np.array(canvas)

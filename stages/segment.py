@@ -25,11 +25,20 @@ def segment(params: Path, attributions: Path, images: Path, samples: Path, out: 
     """Cut each attribution map into regions."""
     loaded = load_params(params)
     config, segmenter = loaded.segment, SEGMENTERS[loaded.segment.method]
-    set_up_compute("cpu", loaded.compute.threads)
+    device = set_up_compute(loaded.compute.device, loaded.compute.threads)
     ids = list(read_attrs(attributions)["ids"])
     maps = read_array(attributions, "attributions")
     pictures = read_images(images, rows_of_ids(read_samples(samples), ids)) if segmenter.reads_images else None
-    keys = [_key(config, maps[n], None if pictures is None else pictures[n]) for n in range(len(ids))]
+    common = {
+        "method": config.method,
+        "version": segmenter.version,
+        "n_regions": config.n_regions,
+        "settings": segmenter.settings(config),
+    }
+    keys = [
+        digest({**common, "attribution": maps[n], "image": None if pictures is None else pictures[n]})
+        for n in range(len(ids))
+    ]
 
     store = open_store()
     if any(store.get_arrays(KIND, key) is None for key in keys):
@@ -39,7 +48,7 @@ def segment(params: Path, attributions: Path, images: Path, samples: Path, out: 
     for first in track(range(0, len(absent), CHUNK), "segment"):
         rows = np.array(absent[first : first + CHUNK])
         found = segmenter.segment(
-            maps[rows], None if pictures is None else pictures[rows], [ids[n] for n in rows], config
+            maps[rows], None if pictures is None else pictures[rows], [ids[n] for n in rows], config, device
         )
         for place, n in enumerate(rows):
             store.put_arrays(KIND, keys[n], {name: array[place] for name, array in found.items()})
@@ -66,21 +75,6 @@ def segment(params: Path, attributions: Path, images: Path, samples: Path, out: 
         )
     write_arrays(out, arrays, attrs)
     write_json(metrics, {"segment": _summary(config, arrays, status)})
-
-
-def _key(config: Segment, attribution: np.ndarray, picture: np.ndarray | None) -> str:
-    """What a segmentation is kept under: all that it depends on."""
-    segmenter = SEGMENTERS[config.method]
-    return digest(
-        {
-            "method": config.method,
-            "version": segmenter.version,
-            "n_regions": config.n_regions,
-            "settings": {name: getattr(config, name) for name in segmenter.settings},
-            "attribution": np.ascontiguousarray(attribution, dtype=np.float32),
-            "image": picture,
-        }
-    )
 
 
 def _take_in(version: Path, store: Store) -> None:

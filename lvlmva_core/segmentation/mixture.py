@@ -113,6 +113,28 @@ def fit_weighted_gmm(
     )
 
 
+@torch.inference_mode()
+def log_likelihood(mixtures: WeightedGMM, weights: Tensor | np.ndarray) -> Tensor:
+    """sum(w log p) / sum(w) in nats, (B,) float64, of each mixture on another map of the same size: (B, H, W) weights.
+
+    0 for a map without weight. Raises ValueError as `fit_weighted_gmm`.
+    """
+    maps = _checked_maps(weights, None)
+    if maps.shape != mixtures.labels.shape:
+        raise ValueError(
+            f"weights must be {tuple(mixtures.labels.shape)} like the maps fitted, not {tuple(maps.shape)}"
+        )
+    result = torch.zeros(len(maps), dtype=torch.float64, device=maps.device)
+    for n, state in enumerate(mixtures.status):
+        if state == "no_positive_effect":
+            continue
+        one = mixtures.weights[n, None], mixtures.means[n, None], mixtures.covariances[n, None]
+        statistics = _checked_init(one, maps[n, None], mixtures.weights.shape[1])
+        shares = em.pixel_moments(maps[n, None])[0, ..., 0].flatten()
+        result[n] = torch.dot(shares, _densities(statistics, (maps.shape[1], maps.shape[2]))[0])
+    return result
+
+
 @dataclass(frozen=True)
 class _Settings:
     n_components: int
@@ -257,21 +279,28 @@ def _maximise(
     return torch.cat([result[0] for result in results]), torch.cat([result[1] for result in results])
 
 
+def _densities(statistics: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Log-density in units of the map's area, float64, and the component of largest responsibility at the H · W pixels.
+
+    statistics: (1, J, 6), of one mixture.
+    """
+    rows, columns = (axis.expand(shape) for axis in em.centred_coordinates(*shape, statistics.device))
+    pixels = torch.stack([rows, columns, torch.ones_like(rows)]).flatten(1)[None]
+    joint = em.log_joint(em.Points(pixels, None, pixels), statistics[None])[0, 0]
+    peak, component = joint.max(0)
+    return peak - joint.softmax(0).amax(0).log() + math.log(shape[0] * shape[1]), component
+
+
 def _describe(maps: Tensor, pixel_weights: Tensor, statistics: Tensor, status: list[str]) -> WeightedGMM:
     """The result for given statistics (G, J, 6): components by falling share, density and labels in float64."""
     n_maps, height, width = maps.shape
     order = statistics[..., 0].argsort(dim=1, descending=True, stable=True)
     statistics = statistics.gather(1, order[..., None].expand(-1, -1, 6))[:, None]
     shares, means, triple = (part[:, 0] for part in em.parameters(statistics))
-    rows, columns = (axis.expand(height, width) for axis in em.centred_coordinates(height, width, maps.device))
-    everywhere = torch.stack([rows, columns, torch.ones_like(rows)]).flatten(1)[None]
     labels = torch.empty(n_maps, height * width, dtype=torch.uint8, device=maps.device)
     log_density = torch.empty(n_maps, height * width, dtype=torch.float64, device=maps.device)
     for n in range(n_maps):
-        joint = em.log_joint(em.Points(everywhere, None, pixel_weights[n, None]), statistics[n, None])[0, 0]
-        peak, component = joint.max(0)
-        labels[n] = component
-        log_density[n] = peak - joint.softmax(0).amax(0).log() + math.log(height * width)
+        log_density[n], labels[n] = _densities(statistics[n], (height, width))
     some = torch.tensor([state != "no_positive_effect" for state in status], dtype=torch.bool, device=maps.device)
     likelihood = (pixel_weights.flatten(1) * torch.where(some[:, None], log_density, 0.0)).sum(1)
     size = torch.tensor([height, width], dtype=torch.float64, device=maps.device)
