@@ -91,7 +91,7 @@ class Store:
         """Bytes of a record as they stand (verification is the caller's), or None where there is none."""
         try:
             return self.path(kind, key, suffix).read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def put_bytes(self, kind: str, key: str, suffix: str, content: bytes, *, replace: bool = False) -> bool:
@@ -119,12 +119,10 @@ class Store:
                 return False
             _sync_folder(path.parent)
         except OSError as error:
-            remedy = "set LVLMVA_STORE to a folder that you may write"
-            if error.errno in (errno.EPERM, errno.ENOTSUP):
-                remedy = "its file system has no hard links; set LVLMVA_STORE to a folder on one that has"
-            raise InputError(f"{path}: the store cannot be written ({error.strerror}); {remedy}") from error
+            raise _not_writable(path, error) from error
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
         return True
 
     def set_aside(self, kind: str, key: str, suffix: str, reason: str) -> None:
@@ -163,8 +161,11 @@ class Store:
     def acquire(self, kind: str, key: str, *, wait: bool) -> int | None:
         """Take the lock of a key once: a descriptor for `release`, or None where another holds it or just let go."""
         path = self._lock_path(kind, key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise _not_writable(path, error) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             # the holder before us removed the file: a lock on a file without a name excludes nobody
@@ -191,6 +192,13 @@ class Store:
     def _lock_path(self, kind: str, key: str) -> Path:
         self._folder(kind, key)
         return self.root / "locks" / f"{kind}-{key}"
+
+
+def _not_writable(path: Path, error: OSError) -> InputError:
+    remedy = "set LVLMVA_STORE to a folder that you may write"
+    if error.errno in (errno.EPERM, errno.ENOTSUP):
+        remedy = "its file system has no hard links; set LVLMVA_STORE to a folder on one that has"
+    return InputError(f"{path}: the store cannot be written ({error.strerror}); {remedy}")
 
 
 def _plain(content: Any) -> Any:
