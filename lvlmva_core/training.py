@@ -41,7 +41,7 @@ def own_draws(device: torch.device, seed: int, epoch: int) -> Iterator[None]:
 
 def epoch_batches(n_samples: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
     """One pass over the samples in random order: row numbers (int64); the last batch may be shorter."""
-    yield from torch.randperm(n_samples, generator=generator).split(batch_size)
+    yield from torch.split(torch.randperm(n_samples, generator=generator), batch_size)
 
 
 def endless_batches(n_samples: int, batch_size: int, generator: torch.Generator, skip: int = 0) -> Iterator[Tensor]:
@@ -79,11 +79,13 @@ def train_classifier(
     batch_size: int,
     epochs: int,
     seed: int,
+    rows: Tensor | None = None,
 ) -> pd.DataFrame:
     """Train `model` in place with cross-entropy and Adam (decoupled weight decay); the model is left in eval mode.
 
     Args:
         images: float32 (N, C, H, W) in [0, 1], on the model's device. labels: int64 (N,).
+        rows: int64, on the CPU, what an epoch passes over; a row may stand there several times. None = each row once.
 
     Returns:
         The training curve, one row an epoch: epoch (from 1), loss (mean over samples), train_accuracy, val_accuracy.
@@ -92,24 +94,26 @@ def train_classifier(
         InputError: the loss stops being finite.
     """
     generator = torch.Generator().manual_seed(seed)
+    rows = torch.arange(len(images)) if rows is None else rows
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
     curve = []
     for epoch in track(range(1, epochs + 1), "train"):
         model.train()
         total = 0.0
-        for rows in epoch_batches(len(images), batch_size, generator):
-            loss = functional.cross_entropy(model(images[rows]), labels[rows])
+        for places in epoch_batches(len(rows), batch_size, generator):
+            batch = rows[places]
+            loss = functional.cross_entropy(model(images[batch]), labels[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            total += float(loss.detach()) * len(rows)
+            total += float(loss.detach()) * len(batch)
         if not total < float("inf"):
             raise InputError(f"the training loss is not finite in epoch {epoch}; lower train.learning_rate")
         model.eval()
         curve.append(
             {
                 "epoch": epoch,
-                "loss": total / len(images),
+                "loss": total / len(rows),
                 "train_accuracy": accuracy(model, images, labels),
                 "val_accuracy": accuracy(model, val_images, val_labels),
             }

@@ -1,0 +1,126 @@
+"""Several ReLU MLPs of one shape trained at once: batched matmuls, the RRR loss and its gradient in closed form."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lvlmva_core.models import Mlp
+
+
+def linear_layers(model: nn.Module) -> list[tuple[str, nn.Linear]] | None:
+    """Names and linear layers of a ReLU MLP, from the input to the logits; None for every other model.
+
+    A ReLU MLP is an `Mlp` or an `nn.Sequential` that flattens its input, then alternates linear layers (with bias) and
+    ReLUs, and ends with a linear layer.
+    """
+    if type(model) not in (Mlp, nn.Sequential):
+        return None
+    children = list(model.named_children())
+    if len(children) < 2 or len(children) % 2:
+        return None
+    first = children[0][1]
+    if not (isinstance(first, nn.Flatten) and (first.start_dim, first.end_dim) == (1, -1)):
+        return None
+    if not all(type(module) is nn.ReLU for _, module in children[2::2]):
+        return None
+    layers = [(name, module) for name, module in children[1::2] if isinstance(module, nn.Linear)]
+    plain = len(layers) == len(children) // 2 and all(layer.bias is not None for _, layer in layers)
+    return layers if plain else None
+
+
+class StackedMlp:
+    """`n_runs` copies of a ReLU MLP whose weights stand in one tensor a layer: (R, out, in), biases (R, out).
+
+    The penalty needs no double backward here. Between the kinks of its ReLUs an MLP is linear, so that the input
+    gradient is itself a chain of matmuls, with the softmax as the only curved link; its derivative in the weights is
+    written out below. The numbers are those of autograd up to rounding.
+    """
+
+    def __init__(self, layers: Sequence[tuple[str, nn.Linear]], n_runs: int) -> None:
+        self.names = [name for name, _ in layers]
+        self.weights = [_copies(layer.weight, n_runs) for _, layer in layers]
+        self.biases = [_copies(layer.bias, n_runs) for _, layer in layers]
+
+    def parameters(self) -> list[Tensor]:
+        """Every stacked tensor; `backward` fills their `grad`."""
+        return [*self.weights, *self.biases]
+
+    def state_dict(self, run: int) -> dict[str, Tensor]:
+        """A copy of one run's weights, as the model that was stacked names them."""
+        state = {}
+        for name, weight, bias in zip(self.names, self.weights, self.biases, strict=True):
+            state[f"{name}.weight"], state[f"{name}.bias"] = weight[run].clone(), bias[run].clone()
+        return state
+
+    def logits(self, images: Tensor, batch_size: int = 500) -> Tensor:
+        """Logits (R, N, K) of every run for the same images (N, C, H, W)."""
+        found = []
+        for batch in torch.split(images.flatten(1), batch_size):
+            hidden = batch.expand(len(self.weights[0]), *batch.shape)
+            for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
+                hidden = _linear(hidden, weight, bias).relu_()
+            found.append(_linear(hidden, self.weights[-1], self.biases[-1]))
+        return torch.cat(found, dim=1)
+
+    def backward(
+        self, images: Tensor, labels: Tensor, masks: Tensor, rrr_lambda: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Set the gradients of cross-entropy + λ penalty, both summed over a run's batch and divided by its size I.
+
+        Args:
+            images: (R, I, D), the alignment samples first. labels: int64 (R, I).
+            masks: (R, a, D) of the images' dtype, 1 where the gradient of the first `a` samples is to vanish.
+            rrr_lambda: (R,), or None for no penalty at all.
+
+        Returns:
+            cross_entropy (R,) and penalty (R,), both before λ; the penalty is 0 where λ is 0.
+        """
+        size, n_classes, n_masked = images.shape[1], self.weights[-1].shape[1], masks.shape[1]
+        inputs, active = [images], []
+        for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
+            hidden = _linear(inputs[-1], weight, bias)
+            active.append(hidden > 0)
+            inputs.append(hidden.relu_())
+        log_p = functional.log_softmax(_linear(inputs[-1], self.weights[-1], self.biases[-1]), dim=-1)
+        p = log_p.exp()
+        cross_entropy = -log_p.gather(2, labels[..., None]).sum((1, 2)) / size
+        penalty = torch.zeros_like(cross_entropy)
+        at_logits = (p - functional.one_hot(labels, n_classes)) / size  # d loss / d logits
+
+        down: list[Tensor] = []
+        up: list[Tensor] = []
+        if rrr_lambda is not None:
+            # d sum_k log p_k / d (output of each layer), from the logits down to the pixels
+            p_masked = p[:, :n_masked]
+            down = [1 - n_classes * p_masked]
+            for weight, on in zip(reversed(self.weights[1:]), reversed(active), strict=True):
+                down.insert(0, torch.bmm(down[0], weight).mul_(on[:, :n_masked]))
+            gradient = torch.bmm(down[0], self.weights[0]).mul_(masks)
+            penalty = gradient.square().sum((1, 2)) / size * (rrr_lambda > 0)
+            # d (λ penalty) / d (each of these derivatives), from the pixels up to the logits
+            up = [gradient.mul_(2 / size * rrr_lambda[:, None, None])]
+            for weight, on in zip(self.weights[:-1], active, strict=True):
+                up.append(torch.bmm(up[-1], weight.transpose(1, 2)).mul_(on[:, :n_masked]))
+            at_top = torch.bmm(up[-1], self.weights[-1].transpose(1, 2))
+            curved = p_masked * (at_top - (p_masked * at_top).sum(2, keepdim=True))
+            at_logits[:, :n_masked] -= n_classes * curved
+
+        at_output = at_logits
+        for layer in reversed(range(len(self.weights))):
+            rows = torch.cat([at_output, down[layer]], 1) if down else at_output
+            columns = torch.cat([inputs[layer], up[layer]], 1) if up else inputs[layer]
+            self.weights[layer].grad = torch.bmm(rows.transpose(1, 2), columns)
+            self.biases[layer].grad = at_output.sum(1)
+            if layer:
+                at_output = torch.bmm(at_output, self.weights[layer]).mul_(active[layer - 1])
+        return cross_entropy, penalty
+
+
+def _copies(parameter: Tensor, n: int) -> Tensor:
+    return parameter.detach().expand(n, *parameter.shape).clone(memory_format=torch.contiguous_format)
+
+
+def _linear(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.baddbmm(bias[:, None], inputs, weight.transpose(1, 2))
