@@ -33,7 +33,7 @@ def assemble_mask(segments: Tensor, verdicts: Mapping[int, str]) -> Tensor:
     if segments.ndim != 2 or segments.is_floating_point():
         raise ValueError(f"segments must be (H, W) of integers, not {tuple(segments.shape)} {segments.dtype}")
     mask = torch.zeros(segments.shape, dtype=torch.bool, device=segments.device)
-    for region in sorted(set(segments.unique().tolist()) - {NO_REGION}):
+    for region in sorted(set(torch.unique(segments).tolist()) - {NO_REGION}):
         verdict = verdicts.get(region)
         if verdict not in VERDICTS:
             found = "no verdict" if verdict is None else f"verdict {verdict!r}"

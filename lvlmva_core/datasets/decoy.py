@@ -44,7 +44,7 @@ def decoy_mnist(root: Path, seed: int) -> Dataset:
         InputError: a file is missing, or is not the IDX file that its name says.
     """
     folder = root / "MNIST" / "raw"
-    digits, labels, split, names = [], [], [], []
+    digits, labels, names = [], [], []
     for prefix, count in (("train", 60_000), ("t10k", 10_000)):
         digits.append(_read_idx(folder / f"{prefix}-images-idx3-ubyte.gz", (count, SIZE, SIZE)))
         labels.append(_read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", (count,)).astype(np.int64))
