@@ -54,8 +54,9 @@ class Step:
 
     def constant(self, tensor: Tensor, rows: int) -> Tensor:
         """A tensor that does not depend on the input, repeated for the pairs where it has a row per sample."""
-        tile = _tile(self.x, tensor, rows, self.b)
-        return tensor if tile is tensor else tile.repeat(self.pairs, *[1] * (tile.ndim - 1))
+        if not _has_rows(self.x, tensor, rows):
+            return tensor
+        return _tile(self.x, tensor, self.b).repeat(self.pairs, *[1] * (tensor.ndim - 1))
 
     def lift(self, g: Tensor) -> Tensor:
         """(b·r·k, ...) -> (b, r, k, ...)"""
@@ -66,12 +67,14 @@ def _lift(tensor: Tensor, samples: int) -> Tensor:
     return tensor.view(samples, tensor.shape[0] // samples, *tensor.shape[1:])
 
 
-def _tile(node: Node, tensor: Tensor, rows: int, samples: int) -> Tensor:
+def _has_rows(node: Node, tensor: Tensor, rows: int) -> bool:
+    return tensor.ndim >= len(node.input_shapes[0]) and tensor.shape[0] == rows
+
+
+def _tile(node: Node, tensor: Tensor, samples: int) -> Tensor:
     """The part of a constant that repeats from sample to sample."""
-    if tensor.ndim == 0 or rows == 1 or tensor.shape[0] in (0, 1) or tensor.ndim < len(node.output_shape):
-        return tensor
-    tiles = tensor.reshape(samples, -1, *tensor.shape[1:]) if tensor.shape[0] % samples == 0 else tensor[None]
-    if tensor.shape[0] != rows or not torch.equal(tiles, tiles[:1].expand_as(tiles)):
+    tiles = tensor.reshape(samples, -1, *tensor.shape[1:])
+    if not torch.equal(tiles, tiles[:1].expand_as(tiles)):
         raise refuse(node, f"uses a constant {tuple(tensor.shape)} that differs between the samples of a batch")
     return tiles[0]
 
@@ -89,10 +92,12 @@ def _same_constant(x: Node, a: Any, baseline: Node, b: Any, samples: tuple[int, 
         return type(a) is type(b) and bool(a == b)
     if a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()):
         return True
-    if a.shape != b.shape:
-        a = _tile(x, a, x.input_shapes[0][0], samples[0])
-        b = _tile(baseline, b, baseline.input_shapes[0][0], samples[1])
-    return torch.equal(a, b)
+    if a.shape == b.shape:
+        return torch.equal(a, b)
+    rows = x.input_shapes[0][0], baseline.input_shapes[0][0]
+    if not (_has_rows(x, a, rows[0]) and _has_rows(baseline, b, rows[1])):
+        return False
+    return torch.equal(_tile(x, a, samples[0]), _tile(baseline, b, samples[1]))
 
 
 # --------------------------------------------------------------------------------------------------- linear operations
@@ -405,6 +410,8 @@ def _abs(node: Node) -> Callable[[Tensor, Tensor], Tensor]:
 def _elu(node: Node) -> Callable[[Tensor, Tensor], Tensor]:
     """relu(x)·scale + α·scale·(exp(min(x, 0)·s) - 1): each part by its own divided difference."""
     alpha, scale, input_scale = (node.args[i] if len(node.args) > i else 1.0 for i in (1, 2, 3))
+    if node.op is aten.celu.default:
+        input_scale = 1.0 / alpha
 
     def multiplier(x: Tensor, b: Tensor) -> Tensor:
         positive = relu_multiplier(x, b)
@@ -688,7 +695,7 @@ def _table() -> dict[OpOverload, Rule]:
     add(_pointwise(_hardsigmoid), "hardsigmoid")
     add(_pointwise(_hardswish), "hardswish")
     add(_pointwise(_abs), "abs")
-    add(_pointwise(_elu), "elu")
+    add(_pointwise(_elu), "elu", "celu")
     add(_pointwise(_smooth()), "sigmoid", "tanh", "silu", "gelu", "mish", "softplus", "exp", "erf", "log_sigmoid")
     add(_pointwise(_smooth(relative=True)), "log")
     add(_pointwise(_reciprocal), "reciprocal")
@@ -699,7 +706,7 @@ def _table() -> dict[OpOverload, Rule]:
         _rule(_max_pool, _check_pool, Keep.ALL),
         *("max_pool2d_with_indices", "max_pool3d_with_indices", "adaptive_max_pool2d", "adaptive_max_pool3d"),
     )
-    add(_rule(_softmax, _check_dims, Keep.INPUTS), "_softmax")
+    add(_rule(_softmax, _check_dims, Keep.INPUTS), "_softmax", "_safe_softmax")
     add(_rule(_layer_norm, _check_normalisation, Keep.INPUTS, one_output=True), "native_layer_norm")
     add(_rule(_group_norm, _check_normalisation, Keep.INPUTS, one_output=True), "native_group_norm")
     return table
