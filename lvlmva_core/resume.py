@@ -5,12 +5,14 @@ import os
 import pickle
 import secrets
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
-from lvlmva_core.store import Store, digest
+from lvlmva_core.store import Store, digest, digest_file
 
 log = logging.getLogger(__name__)
 
@@ -62,17 +64,19 @@ class Checkpoint:
 
 
 class Resume:
-    """The checkpoints of one piece of work, which is named by the digest of everything that its result depends on."""
+    """The checkpoints of one piece of work, which is named by everything that its result depends on."""
 
-    def __init__(self, store: Store, inputs: str, device: torch.device) -> None:
+    def __init__(self, store: Store, inputs: Any, code: Sequence[ModuleType], device: torch.device) -> None:
+        """Name the work by its inputs (JSON-able, with numpy arrays), the modules that do it, and torch's version."""
+        files = [digest_file(Path(str(module.__file__))) for module in code]
         self._store = store
-        self._inputs = inputs
+        self._work = digest({"inputs": inputs, "code": files, "torch": torch.__version__})
         self._device = device
         self._paths: list[Path] = []
 
     def part(self, name: str) -> Checkpoint:
         """The checkpoint of one part of the work."""
-        path = self._store.path(KIND, digest([self._inputs, name]), "pt")
+        path = self._store.path(KIND, digest([self._work, name]), "pt")
         self._paths.append(path)
         return Checkpoint(path, self._device)
 

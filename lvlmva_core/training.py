@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, Protocol
 
 import pandas as pd
 import torch
@@ -37,6 +38,16 @@ def own_draws(device: torch.device, seed: int, epoch: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed * 1_000_003 + epoch)
         yield
+
+
+class Checkpointing(Protocol):
+    """Where a training keeps its state, and finds it again (`lvlmva_core.resume.Checkpoint`)."""
+
+    def load(self) -> dict[str, Any] | None:
+        """The state that was kept last, or None."""
+
+    def save(self, state: dict[str, Any], *, always: bool = False) -> None:
+        """Keep a state, unless the last one is too recent to bother."""
 
 
 def epoch_batches(n_samples: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -80,12 +91,14 @@ def train_classifier(
     epochs: int,
     seed: int,
     rows: Tensor | None = None,
+    checkpoint: Checkpointing | None = None,
 ) -> pd.DataFrame:
     """Train `model` in place with cross-entropy and Adam (decoupled weight decay); the model is left in eval mode.
 
     Args:
         images: float32 (N, C, H, W) in [0, 1], on the model's device. labels: int64 (N,).
         rows: int64, on the CPU, what an epoch passes over; a row may stand there several times. None = each row once.
+        checkpoint: of the same training; where it holds a state, the training goes on from there to the same bits.
 
     Returns:
         The training curve, one row an epoch: epoch (from 1), loss (mean over samples), train_accuracy, val_accuracy.
@@ -96,17 +109,26 @@ def train_classifier(
     generator = torch.Generator().manual_seed(seed)
     rows = torch.arange(len(images)) if rows is None else rows
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
-    curve = []
-    for epoch in track(range(1, epochs + 1), "train"):
+    curve: list[dict[str, float]] = []
+    saved = checkpoint.load() if checkpoint else None
+    if saved:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        curve = saved["curve"]
+        for _ in curve:  # the passes that were made
+            torch.randperm(len(rows), generator=generator)
+    for epoch in track(range(len(curve) + 1, epochs + 1), "train"):
         model.train()
-        total = 0.0
-        for places in epoch_batches(len(rows), batch_size, generator):
-            batch = rows[places]
-            loss = functional.cross_entropy(model(images[batch]), labels[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total += float(loss.detach()) * len(batch)
+        summed = torch.zeros((), dtype=torch.float64, device=images.device)
+        with own_draws(images.device, seed, epoch):
+            for places in epoch_batches(len(rows), batch_size, generator):
+                batch = rows[places]
+                loss = functional.cross_entropy(model(images[batch]), labels[batch])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                summed += loss.detach().double() * len(batch)
+        total = float(summed)
         if not total < float("inf"):
             raise InputError(f"the training loss is not finite in epoch {epoch}; lower train.learning_rate")
         model.eval()
@@ -118,4 +140,8 @@ def train_classifier(
                 "val_accuracy": accuracy(model, val_images, val_labels),
             }
         )
+        if checkpoint:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "curve": curve}
+            checkpoint.save(state, always=epoch == epochs)
+    model.eval()
     return pd.DataFrame(curve)

@@ -156,6 +156,10 @@ def test_the_same_call_gives_the_same_bits_and_leaves_the_global_generator_alone
         assert all(torch.equal(one.weights[name], other.weights[name]) for name in one.weights)
 
 
+def _resume(folder: Path) -> Resume:
+    return Resume(Store(folder), {"images": _data()["images"].numpy()}, [alignment], torch.device("cpu"))
+
+
 class _KilledError(Exception):
     """What stops a training here."""
 
@@ -182,7 +186,7 @@ def test_a_run_that_died_goes_on_to_the_same_bits(
 ) -> None:
     monkeypatch.setattr("lvlmva_core.resume.MIN_SECONDS", 0.0)
     monkeypatch.setattr("lvlmva_core.resume.COST_FACTOR", 0.0)
-    data, store, epochs = _data(), Store(tmp_path), 6
+    data, epochs = _data(), 6
     options: dict[str, Any] = {"epochs": epochs, "patience": patience}
     options["selection"] = by_accuracy(data["images"], data["labels"]) if patience else None
     with monkeypatch.context() as patch:
@@ -191,9 +195,9 @@ def test_a_run_that_died_goes_on_to_the_same_bits(
     with monkeypatch.context() as patch:
         _count_steps(patch, killed_after)
         with pytest.raises(_KilledError, match="killed"):
-            _align(network(), RUNS, resume=Resume(store, "0" * 64, torch.device("cpu")), **options)
+            _align(network(), RUNS, resume=_resume(tmp_path), **options)
     assert list(tmp_path.glob("resume/??/*.pt"))
-    resume = Resume(store, "0" * 64, torch.device("cpu"))
+    resume = _resume(tmp_path)
     with monkeypatch.context() as patch:
         taken = _count_steps(patch)
         found = _align(network(), RUNS, resume=resume, **options)
@@ -209,11 +213,10 @@ def test_a_run_that_died_goes_on_to_the_same_bits(
 def test_a_damaged_checkpoint_is_named_and_the_training_starts_anew(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store, device = Store(tmp_path), torch.device("cpu")
-    expected = _align(_mlp(), RUNS, resume=Resume(store, "0" * 64, device))
+    expected = _align(_mlp(), RUNS, resume=_resume(tmp_path))
     (file,) = tmp_path.glob("resume/??/*.pt")
     file.write_bytes(file.read_bytes()[:500])
-    found = _align(_mlp(), RUNS, resume=Resume(store, "0" * 64, device))
+    found = _align(_mlp(), RUNS, resume=_resume(tmp_path))
     assert "damaged checkpoint" in caplog.text
     assert all(torch.equal(expected[n].weights["1.weight"], found[n].weights["1.weight"]) for n in range(len(RUNS)))
 
