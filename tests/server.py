@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-COLOURS = {  # written down again on purpose: the pictures have to be readable without the renderer's own table
-    "red": (220, 30, 30),
-    "blue": (30, 60, 220),
-    "yellow": (250, 230, 40),
-    "green": (20, 140, 40),
+COLOURS = {  # what the names mean to anybody: the pictures have to be readable without the renderer's own table
+    "red": (255, 0, 0),
+    "blue": (0, 0, 255),
+    "yellow": (255, 255, 0),
+    "green": (0, 128, 0),
     "white": (255, 255, 255),
     "black": (0, 0, 0),
 }
@@ -204,12 +204,14 @@ def _pictures(body: dict[str, Any]) -> list[np.ndarray]:
 def _critique(body: dict[str, Any]) -> str:
     image, regions, _ = _pictures(body)
     bright = image.mean(axis=2) >= 25
+    distances = [np.linalg.norm(regions.astype(float) - colour, axis=2) for colour in COLOURS.values()]
+    nearest = np.array(list(COLOURS))[np.argmin(distances, axis=0)]
     lines = ["I looked at all three pictures."]
     prompt = body["messages"][0]["content"][0]["text"]
     asked = re.search(r"one flat colour:\s*([a-z, ]+)\.", prompt)
     assert asked
     for colour in asked[1].split(", "):
-        verdict = "yes" if (bright & (regions == COLOURS[colour]).all(axis=2)).any() else "no"
+        verdict = "yes" if (bright & (nearest == colour)).any() else "no"
         lines.append(f"{colour}: {verdict}")
     return "\n".join(lines)
 

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from lvlmva_core.config import Endpoint
+from lvlmva_core.datasets.knee import CLASSES as KNEE_CLASSES
+from lvlmva_core.datasets.skin import CLASSES as SKIN_CLASSES
 from lvlmva_core.errors import InputError
 from lvlmva_core.lvlm.client import (
     _asked_wait_s,
@@ -30,7 +32,7 @@ from tests.unit.test_lvlm_calls import ENDPOINT
 
 PROMPTS = Path(__file__).parents[2] / "prompts"
 DIGITS = [str(digit) for digit in range(10)]
-CLASSES = {"decoy_digits": DIGITS, "decoy_mnist": DIGITS, "knee": ["no", "moderate"], "skin": ["benign", "malignant"]}
+CLASSES = {"decoy_digits": DIGITS, "decoy_mnist": DIGITS, "knee": KNEE_CLASSES, "skin": SKIN_CLASSES}
 SEGMENTS = (np.arange(28 * 28).reshape(28, 28) // 200).astype(np.uint8)  # regions 0..2, the last rows none
 SEGMENTS[SEGMENTS > 2] = 255
 IMAGE = np.zeros((1, 28, 28), np.uint8)
