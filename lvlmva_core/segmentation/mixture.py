@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lvlmva_core.errors import InputError
 from lvlmva_core.segmentation import em
 
 METHOD_VERSION = 1  # to be raised with any change that can move a pixel to another region
@@ -86,7 +87,8 @@ def fit_weighted_gmm(
         names: what errors call the maps; "map 0", "map 1", ... by default.
 
     Raises:
-        ValueError: a weight is negative or not finite (the map is named), or an argument is out of its range.
+        InputError: a weight is negative or not finite; the map is named.
+        ValueError: an argument is out of its range.
     """
     maps = _checked_maps(weights, names)
     if not 1 <= n_components < NO_REGION:
@@ -170,7 +172,7 @@ def _checked_maps(weights: Tensor | np.ndarray, names: Sequence[str] | None) -> 
     if bad:
         name = f"map {bad[0]}" if names is None else names[bad[0]]
         more = f" ({len(bad)} such maps)" if len(bad) > 1 else ""
-        raise ValueError(f"{name}: weights must be finite and at least 0{more}; clip attributions at 0 before")
+        raise InputError(f"{name}: weights must be finite and at least 0{more}; clip attributions at 0 before")
     return maps
 
 

@@ -77,22 +77,22 @@ def sam_regions(
     """
     height, width = image.shape[1:]
     device = next(model.parameters()).device
-    pixels, scale = _prepared(image, model.config.vision_config.image_size, device)
+    pixels, scale = prepared(image, model.config.vision_config.image_size, device)
     embedding = model.get_image_embeddings(pixels)
     centres = (torch.arange(points_per_side, dtype=torch.float32, device=device) + 0.5) / points_per_side * scale
     places = torch.cartesian_prod(centres * width, centres * height)  # x, y on the scaled picture
     masks, quality = [], []
     for part in torch.split(places, points_per_batch):
         answer = model(image_embeddings=embedding, input_points=part[None, :, None], multimask_output=True)
-        logits = _at_size(answer.pred_masks[0].flatten(0, 1), pixels.shape[-1], scale, (height, width))
+        logits = at_size(answer.pred_masks[0].flatten(0, 1), pixels.shape[-1], scale, (height, width))
         stable = _stability(logits, stability_offset) >= least_stability
         keep = stable & (answer.iou_scores[0].flatten() >= least_quality)
         masks.append((logits[keep] > 0).cpu().numpy())
         quality.append(answer.iou_scores[0].flatten()[keep].cpu().numpy())
-    return _partition(np.concatenate(masks), np.concatenate(quality), largest_overlap)
+    return partition(np.concatenate(masks), np.concatenate(quality), largest_overlap)
 
 
-def _prepared(image: np.ndarray, side: int, device: torch.device) -> tuple[Tensor, float]:
+def prepared(image: np.ndarray, side: int, device: torch.device) -> tuple[Tensor, float]:
     """The picture scaled so that its longer side is `side`, normalised and padded with zeros; and the scale."""
     rgb = torch.from_numpy(np.array(np.broadcast_to(image, (3, *image.shape[1:])))).float().to(device) / 255
     scale = side / max(image.shape[1:])
@@ -102,7 +102,7 @@ def _prepared(image: np.ndarray, side: int, device: torch.device) -> tuple[Tenso
     return functional.pad((scaled - mean) / std, (0, side - size[1], 0, side - size[0])), scale
 
 
-def _at_size(logits: Tensor, side: int, scale: float, shape: tuple[int, int]) -> Tensor:
+def at_size(logits: Tensor, side: int, scale: float, shape: tuple[int, int]) -> Tensor:
     """Mask logits (n, h, w) of the padded square back on the picture's pixels: (n, H, W)."""
     square = functional.interpolate(logits[None], (side, side), mode="bilinear", align_corners=False)
     cut = square[..., : round(shape[0] * scale), : round(shape[1] * scale)]
@@ -115,7 +115,7 @@ def _stability(logits: Tensor, offset: float) -> Tensor:
     return inner / outer.clamp(min=1)
 
 
-def _partition(masks: np.ndarray, quality: np.ndarray, largest_overlap: float) -> np.ndarray:
+def partition(masks: np.ndarray, quality: np.ndarray, largest_overlap: float) -> np.ndarray:
     """Distinct masks by falling quality, then each pixel to the smallest of them that holds it."""
     kept: list[np.ndarray] = []
     for n in np.argsort(-quality, kind="stable"):
