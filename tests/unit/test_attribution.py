@@ -1,7 +1,7 @@
 """DeepLiftSHAP against oracles of its own kind: brute force, Shapley values, gradients, captum; and what it refuses."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -30,6 +30,15 @@ from lvlmva_core.attribution.testing import (
     shapley_values,
 )
 from lvlmva_core.errors import InputError
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors here are too small for threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def seeded(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
