@@ -210,6 +210,19 @@ class Mask(Section):
     max_failed_share: Share
 
 
+class Selection(Section):
+    """Choice of λ, and of the epoch, on the validation split. rrr_lambdas replaces rrr_lambda; [] keeps it.
+
+    patience: epochs without a better score after which a run ends with its best epoch's weights; null = the last epoch.
+    seed: of the draw of donors (pseudo_group).
+    """
+
+    rule: Literal["pseudo_group", "worst_group", "accuracy"]
+    rrr_lambdas: list[NonNegative]
+    patience: Count | None
+    seed: Seed
+
+
 class Align(Section):
     """RRR fine-tuning: λ belongs to inputs in [0, 1]."""
 
@@ -220,6 +233,7 @@ class Align(Section):
     alignment_batch: Count
     training_batch: Count
     seeds: Annotated[list[Seed], Field(min_length=1)]
+    selection: Selection | None = None
 
 
 class Baseline(Section):
@@ -236,7 +250,8 @@ class Control(Section):
 
     @model_validator(mode="after")
     def _lambda_zero_is_zero(self) -> "Control":
-        if self.lambda_zero.rrr_lambda != 0:
+        selection = self.lambda_zero.selection
+        if self.lambda_zero.rrr_lambda != 0 or (selection is not None and any(selection.rrr_lambdas)):
             raise ValueError("lambda_zero.rrr_lambda must be 0: it is the control without a penalty")
         return self
 

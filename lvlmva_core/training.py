@@ -28,7 +28,8 @@ def set_up_compute(device: str, threads: int) -> torch.device:
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # the same as use_deterministic_algorithms(True, warn_only=True), which imports a compiler first (2 s)
+    torch.set_deterministic_debug_mode("warn")
     return torch.device(device)
 
 

@@ -1,23 +1,28 @@
-"""Stages align, baseline and control: RRR fine-tuning of the base model on one set of masks, once a seed."""
+"""Stages align, baseline and control: RRR fine-tuning of the base model on one set of masks, all seeds in one call."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
-from lvlmva_core.alignment import align_classifier
+from lvlmva_core import alignment, models, selection, stacked_mlp, training
+from lvlmva_core.alignment import AlignedRun, align_ensemble
 from lvlmva_core.arrays import read_array, read_attrs, read_table, write_json
-from lvlmva_core.config import load_params
+from lvlmva_core.config import Align, load_params
 from lvlmva_core.errors import InputError
 from lvlmva_core.masks import random_masks_like
 from lvlmva_core.metrics import mean_and_std
-from lvlmva_core.models import load_checkpoint, save_checkpoint
+from lvlmva_core.models import load_checkpoint, save_checkpoint, weights_digest
+from lvlmva_core.resume import Resume
 from lvlmva_core.samples import read_samples, read_spurious_masks, rows_of_ids
+from lvlmva_core.selection import SUPERVISION, best_lambda, by_accuracy, by_pseudo_group, by_worst_group
 from lvlmva_core.training import set_up_compute
 from stages.data import sample_tensors, split_tensors
 from stages.entry import run
+from stages.hydrate import open_store
 
 Method = Literal["lvlm_va", "rrr_gt", "lambda_zero", "random_masks"]
 
@@ -53,36 +58,94 @@ def align(
     else:
         raise InputError("give --masks, or --alignment-set and --spurious-masks")
     pixels, labels, _ = split_tensors(images, table, "train", device)
-    val_pixels, val_labels, _ = split_tensors(images, table, "val", device)
+    val_pixels, val_labels, val_rows = split_tensors(images, table, "val", device)
     alignment_pixels, alignment_labels, _ = sample_tensors(images, table, ids, device)
-    histories = []
-    for seed in config.seeds:
-        drawn = random_masks_like(corrections, seed) if method == "random_masks" else corrections
-        classifier, spec = load_checkpoint(model, device)
-        history = align_classifier(
-            classifier,
-            pixels,
-            labels,
-            alignment_pixels,
-            alignment_labels,
-            torch.from_numpy(drawn).to(device),
-            val_pixels,
-            val_labels,
-            rrr_lambda=config.rrr_lambda,
-            gamma=config.gamma,
-            learning_rate=config.learning_rate,
-            epochs=config.epochs,
-            alignment_batch=config.alignment_batch,
-            training_batch=config.training_batch,
-            seed=seed,
-        )
-        save_checkpoint(out / f"seed={seed}.safetensors", spec, classifier)
-        histories.append(history.assign(seed=seed))
-    curve = pd.concat(histories, ignore_index=True)
+    classifier, spec = load_checkpoint(model, device)
+    runs = [(rrr_lambda, seed) for rrr_lambda in _candidates(config) for seed in config.seeds]
+    if method == "random_masks":  # another draw for each seed
+        corrections = np.stack([random_masks_like(corrections, seed) for _, seed in runs])
+    tensors = [pixels, labels, alignment_pixels, alignment_labels, torch.from_numpy(corrections).to(device)]
+    tensors += [val_pixels, val_labels]
+    chosen_by = None
+    if config.selection is not None:
+        has_spurious = torch.from_numpy(val_rows["spurious"].to_numpy(copy=True)).to(device)
+        chosen_by = _selection(config.selection.rule, config.selection.seed, tensors, has_spurious)
+    inputs = {
+        "method": method,
+        "config": config.model_dump(),
+        "compute": loaded.compute.model_dump(),
+        "weights": weights_digest(classifier),
+        "tensors": [tensor.cpu().numpy() for tensor in tensors],
+        "groups": None if chosen_by is None else chosen_by.groups.cpu().numpy(),
+    }
+    resume = Resume(open_store(), inputs, [alignment, models, selection, stacked_mlp, training], device)
+    found = align_ensemble(
+        classifier,
+        *tensors,
+        runs=runs,
+        gamma=config.gamma,
+        learning_rate=config.learning_rate,
+        epochs=config.epochs,
+        alignment_batch=config.alignment_batch,
+        training_batch=config.training_batch,
+        selection=chosen_by,
+        patience=None if config.selection is None else config.selection.patience,
+        resume=resume,
+    )
+    by_lambda = {value: [one for one in found if one.rrr_lambda == value] for value in _candidates(config)}
+    best = config.rrr_lambda
+    if chosen_by is not None:
+        best = best_lambda({value: [one.score or 0.0 for one in those] for value, those in by_lambda.items()})
+    for one in by_lambda[best]:
+        classifier.load_state_dict(one.weights)
+        save_checkpoint(out / f"seed={one.seed}.safetensors", spec, classifier)
     curves.parent.mkdir(parents=True, exist_ok=True)
-    curve.to_csv(curves, index=False)
-    last = curve.groupby("seed", sort=False).last()
-    write_json(metrics, {method: {"val_accuracy": mean_and_std(last["val_accuracy"].tolist())}})
+    histories = [one.curve.assign(seed=one.seed) for one in by_lambda[best]]
+    pd.concat(histories, ignore_index=True).to_csv(curves, index=False)
+    write_json(metrics, {method: _summary(config, best, by_lambda)})
+    resume.clear()
+
+
+def _candidates(config: Align) -> list[float]:
+    grid = [] if config.selection is None else config.selection.rrr_lambdas
+    return sorted(set(grid)) or [config.rrr_lambda]
+
+
+def _selection(rule: str, seed: int, tensors: list[Tensor], has_spurious: Tensor) -> selection.Selection:
+    """What the candidates are judged by. Where each run has masks of its own, the first run's make the groups."""
+    _, _, alignment_pixels, alignment_labels, masks, val_pixels, val_labels = tensors
+    if rule == "accuracy":
+        return by_accuracy(val_pixels, val_labels)
+    if rule == "worst_group":
+        return by_worst_group(val_pixels, val_labels, has_spurious)
+    donors = masks if masks.ndim == 3 else masks[0]
+    return by_pseudo_group(val_pixels, val_labels, alignment_pixels, alignment_labels, donors, seed)
+
+
+def _summary(config: Align, best: float, by_lambda: dict[float, list[AlignedRun]]) -> dict[str, Any]:
+    """λ on two scales of its inputs: the squared gradient for pixels in 0..255 is smaller by 255²."""
+    summary: dict[str, Any] = {
+        "val_accuracy": _over_seeds(by_lambda[best])["val_accuracy"],
+        "rrr_lambda": {"inputs_0_to_1": best, "inputs_0_to_255": best * 255**2},
+    }
+    if config.selection is not None:
+        summary["selection"] = {
+            "rule": config.selection.rule,
+            "supervision": SUPERVISION[config.selection.rule],
+            "epoch": mean_and_std([one.epoch for one in by_lambda[best]]),
+            "candidates": {f"lambda={value:g}": _over_seeds(those) for value, those in by_lambda.items()},
+        }
+    return summary
+
+
+def _over_seeds(runs: list[AlignedRun]) -> dict[str, dict[str, float]]:
+    """Validation accuracy, and score where there is one, of the weights that are kept."""
+    rows = [one.curve.loc[one.curve["epoch"] == one.epoch].iloc[0] for one in runs]
+    return {
+        name: mean_and_std([float(row[name]) for row in rows])
+        for name in ("val_accuracy", "score")
+        if name in runs[0].curve
+    }
 
 
 def _true_masks(table: pd.DataFrame, ids: list[str], spurious_masks: Path) -> tuple[list[str], np.ndarray]:

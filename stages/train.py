@@ -2,13 +2,16 @@
 
 from pathlib import Path
 
+from lvlmva_core import models, training
 from lvlmva_core.arrays import write_json
 from lvlmva_core.config import load_params
-from lvlmva_core.models import ModelSpec, build_model, load_weights, save_checkpoint
+from lvlmva_core.models import ModelSpec, build_model, load_weights, save_checkpoint, weights_digest
+from lvlmva_core.resume import Resume
 from lvlmva_core.samples import read_class_names, read_samples
 from lvlmva_core.training import set_up_compute, train_classifier
 from stages.data import split_tensors
 from stages.entry import run
+from stages.hydrate import open_store
 
 
 def train(params: Path, images: Path, samples: Path, out: Path, metrics: Path, curve: Path) -> None:
@@ -25,6 +28,13 @@ def train(params: Path, images: Path, samples: Path, out: Path, metrics: Path, c
     if config.weights is not None:
         load_weights(model, spec, config.weights)
     model.to(device)
+    inputs = {
+        "train": config.model_dump(),
+        "compute": loaded.compute.model_dump(),
+        "weights": weights_digest(model),
+        "tensors": [tensor.cpu().numpy() for tensor in (pixels, labels, val_pixels, val_labels)],
+    }
+    resume = Resume(open_store(), inputs, [models, training], device)
     history = train_classifier(
         model,
         pixels,
@@ -36,11 +46,13 @@ def train(params: Path, images: Path, samples: Path, out: Path, metrics: Path, c
         batch_size=config.batch_size,
         epochs=config.epochs,
         seed=config.seed,
+        checkpoint=resume.part("base"),
     )
     save_checkpoint(out, spec, model)
     curve.parent.mkdir(parents=True, exist_ok=True)
     history.to_csv(curve, index=False)
     write_json(metrics, {"train": history.iloc[-1].drop("epoch").to_dict()})
+    resume.clear()
 
 
 if __name__ == "__main__":
