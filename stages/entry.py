@@ -21,12 +21,14 @@ def run(stage: Callable[..., Any]) -> None:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(help=stage.__doc__)(_with_options(stage))
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # typer returns the exit code of Ctrl-C instead of raising
     except InputError as error:
         typer.echo(f"error: {name.removeprefix('stages.')}: {' '.join(str(error).split())}", err=True)
         raise SystemExit(1) from None
     except typer.Abort:
         raise SystemExit(130) from None
+    if code:
+        raise SystemExit(code)
 
 
 def _with_options(stage: Callable[..., Any]) -> Callable[..., Any]:

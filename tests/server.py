@@ -61,11 +61,17 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(200, body)
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        length = int(self.headers["Content-Length"])
+        content = self.rfile.read(length)
+        if len(content) < length:  # the client was killed while it was sending
+            self.close_connection = True
+            return
+        body = json.loads(content)
         if self.path == "/control":
             with STATE.lock:
                 if body.pop("forget", False):
                     STATE.log.clear()
+                    STATE.most = STATE.now
                 STATE.control.update(body)
             self.reply(200, {})
             return

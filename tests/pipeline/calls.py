@@ -34,9 +34,16 @@ class Server:
 
     def log(self) -> list[dict[str, Any]]:
         """All requests since `set`, oldest first."""
-        with urllib.request.urlopen(self.url + "/log", timeout=10) as answer:
-            log: list[dict[str, Any]] = json.load(answer)["log"]
+        log: list[dict[str, Any]] = self._state()["log"]
         return log
+
+    def most_at_once(self) -> int:
+        """Most requests under way at the same time since `set`."""
+        return int(self._state()["most_at_once"])
+
+    def _state(self) -> Any:
+        with urllib.request.urlopen(self.url + "/log", timeout=10) as answer:
+            return json.load(answer)
 
 
 @contextmanager
