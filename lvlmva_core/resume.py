@@ -17,7 +17,7 @@ from lvlmva_core.store import Store, digest, digest_file
 log = logging.getLogger(__name__)
 
 KIND = "resume"
-MIN_SECONDS = 2.0  # between two checkpoints
+MIN_SECONDS = 1.0  # between two checkpoints
 COST_FACTOR = 50  # so that writing takes at most a fiftieth of the time
 
 
@@ -39,6 +39,7 @@ class Checkpoint:
             reason = " ".join(str(error).split())[:200]
             log.warning(f"warning: {self.path}: damaged checkpoint ({reason}); the training starts anew")
             return None
+        log.warning(f"note: goes on from the checkpoint {self.path}")
         return state
 
     def save(self, state: dict[str, Any], *, always: bool = False) -> None:
