@@ -68,9 +68,15 @@ def _file(presets: Path, name: str) -> Path:
 
 def _yaml() -> YAML:
     yaml = YAML(pure=True)  # keeps comments
-    yaml.width = 120
+    yaml.width = 1000  # and lines
     yaml.preserve_quotes = True
+    yaml.representer.add_representer(type(None), _spell_null)
     return yaml
+
+
+def _spell_null(representer: Any, _: None) -> Any:
+    """A null is written as the word, as params.yaml has it, not as nothing."""
+    return representer.represent_scalar("tag:yaml.org,2002:null", "null")
 
 
 def _load(file: Path) -> Any:

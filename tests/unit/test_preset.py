@@ -48,6 +48,17 @@ def test_every_preset_gives_valid_params(params: Path, name: str) -> None:
     assert sorted(path.name for path in params.parent.iterdir()) == ["params.yaml"]
 
 
+def test_only_what_the_preset_says_changes(params: Path) -> None:
+    before = (ROOT / "presets" / "decoy_digits.yaml").read_text()
+    _apply(params, "decoy_digits")
+    assert params.read_text() == before
+    _apply(params, "decoy_digits", "align.epochs=7")
+    changed = [
+        pair for pair in zip(before.splitlines(), params.read_text().splitlines(), strict=True) if len(set(pair)) > 1
+    ]
+    assert changed == [("  epochs: 30", "  epochs: 7")]
+
+
 def test_an_experiment_forgets_what_stood_there_and_comments_stay(
     params: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
