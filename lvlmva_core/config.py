@@ -236,10 +236,43 @@ class Align(Section):
     selection: Selection | None = None
 
 
+class Subg(Section):
+    """SUBG: groups sub-sampled to the smallest, the model of `train` trained anew."""
+
+    learning_rate: Positive
+    batch_size: Count
+    epochs: Count
+    seeds: Annotated[list[Seed], Field(min_length=1)]
+
+
+class Dfr(Section):
+    """DFR: the base model's last layer refitted on group-balanced samples of a split."""
+
+    split: Literal["train", "val"]
+    c_grid: Annotated[list[Positive], Field(min_length=1)]
+    n_refits: Count
+    seeds: Annotated[list[Seed], Field(min_length=1)]
+
+
+class Jtt(Section):
+    """JTT: a short training, its errors up-weighted, the model of `train` trained anew."""
+
+    first_epochs: Annotated[list[Count], Field(min_length=1)]
+    up: Annotated[list[Count], Field(min_length=1)]
+    rule: Literal["accuracy", "worst_group"]
+    learning_rate: Positive
+    batch_size: Count
+    epochs: Count
+    seeds: Annotated[list[Seed], Field(min_length=1)]
+
+
 class Baseline(Section):
-    """The methods that LVLM-VA is compared with, which know what it does not: true masks or groups."""
+    """The methods that LVLM-VA is compared with; all but jtt know what it does not: true masks or groups."""
 
     rrr_gt: Align
+    subg: Subg
+    dfr: Dfr
+    jtt: Jtt
 
 
 class Control(Section):
@@ -261,6 +294,7 @@ class Evaluate(Section):
 
     overlap: Annotated[str, Field(pattern=r"^(any|half_of_feature|majority_of_attribution)$")]
     attribution_samples: Count
+    robustness: bool = True
     seed: Seed
 
 

@@ -83,6 +83,47 @@ def mean_and_std(values: Sequence[float]) -> dict[str, float]:
     return {"mean": float(array.mean()), "std": float(array.std(ddof=1)) if array.size > 1 else 0.0}
 
 
+def wilcoxon_test(differences: Sequence[float]) -> dict[str, float | int]:
+    """Exact Wilcoxon signed-rank test of paired differences (LVLM-VA §5.2; scipy).
+
+    All 2^n signs are enumerated, so that ties are exact too; zero differences are left out. Above 16 differences
+    scipy's own choice of method is taken. With n = 7 the least two-sided p is 2 / 128 = 0.0156.
+
+    Returns:
+        n (differences that are not zero), p_two_sided, p_greater (one-sided: the differences lie above zero).
+    """
+    from scipy import stats
+
+    values = np.asarray(differences, dtype=np.float64)
+    values = values[values != 0]
+    n = len(values)
+    if n == 0:
+        return {"n": 0, "p_two_sided": 1.0, "p_greater": 1.0}
+    method = stats.PermutationMethod(n_resamples=2**n) if 1 < n <= 16 else "auto"
+    tests = {side: stats.wilcoxon(values, alternative=side, method=method).pvalue for side in ("two-sided", "greater")}
+    return {
+        "n": n,
+        "p_two_sided": min(1.0, float(tests["two-sided"])),
+        "p_greater": float(tests["greater"]),
+    }
+
+
+def entropy_auroc(entropies: ArrayLike, spurious: ArrayLike) -> float | None:
+    """How well low entropy marks the samples with the spurious feature (LVLM-VA §4.1): area under the ROC curve.
+
+    Args:
+        entropies: (N,) in nats. spurious: (N,) bool.
+
+    Returns:
+        0..1, 0.5 = not at all, 1 = every sample with the feature has less entropy than every sample without; None where
+        all samples have it, or none.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    has = np.asarray(spurious, dtype=bool)
+    return float(roc_auc_score(has, -np.asarray(entropies))) if 0 < has.sum() < has.size else None
+
+
 def _columns(**columns: ArrayLike) -> pd.DataFrame:
     arrays = {name: np.asarray(values) for name, values in columns.items()}
     lengths = {array.shape for array in arrays.values()}

@@ -54,6 +54,7 @@ def report(
         "worst-group accuracy (WGA)": _bars(content["methods"], "wga"),
         "alignment of attributions (μ_align)": _bars(content["methods"], "mu_align"),
     }
+    bars = {metric: methods for metric, methods in bars.items() if methods}
     keep(
         "outcome",
         "Before and after, on the test split; bars are means over seeds, whiskers standard deviations.",
@@ -134,7 +135,7 @@ def _most_masked_of_each_class(masked_share: np.ndarray, labels: np.ndarray) -> 
 
 
 def _bars(methods: dict[str, Any], metric: str) -> dict[str, tuple[float, float]]:
-    values = {name: measured["test"][metric] for name, measured in methods.items()}
+    values = {name: measured["test"][metric] for name, measured in methods.items() if metric in measured["test"]}
     return {
         name: (value["mean"], value["std"]) if isinstance(value, dict) else (value, 0.0)
         for name, value in values.items()

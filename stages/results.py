@@ -11,6 +11,9 @@ NAMES = {
     "base": "base model",
     "lambda_zero": "control: λ = 0",
     "random_masks": "control: random masks",
+    "jtt": "JTT",
+    "subg": "SUBG (group labels)",
+    "dfr": "DFR (group labels)",
     "lvlm_va": "LVLM-VA",
     "rrr_gt": "RRR with true masks (bound)",
 }
@@ -39,7 +42,7 @@ def before_and_after(content: dict[str, Any]) -> tuple[list[str], list[list[str]
     for method, name in NAMES.items():
         if (measured := content["methods"].get(method)) is None:
             continue
-        values = [measured["test"][metric] for metric in HEADINGS] + [measured[split]["accuracy"] for split in extra]
+        values = [measured["test"].get(metric) for metric in HEADINGS] + [measured[split]["accuracy"] for split in extra]
         rows.append([name, *(_number(value) for value in values)])
     return columns, rows
 
@@ -63,7 +66,9 @@ def _named(name: str) -> str:
     return f"{name} (a stand-in, not a vision-language model)" if name in STAND_INS else name
 
 
-def _number(value: float | dict[str, float]) -> str:
+def _number(value: float | dict[str, float] | None) -> str:
+    if value is None:
+        return "not known"
     return f"{value['mean']:.3f} ± {value['std']:.3f}" if isinstance(value, dict) else f"{value:.3f}"
 
 

@@ -12,6 +12,9 @@ METHOD_NAMES = {
     "base": "base",
     "lambda_zero": "λ = 0\n(control)",
     "random_masks": "random masks\n(control)",
+    "jtt": "JTT",
+    "subg": "SUBG\n(groups)",
+    "dfr": "DFR\n(groups)",
     "lvlm_va": "LVLM-VA",
     "rrr_gt": "RRR, true masks\n(bound)",
 }
@@ -19,6 +22,9 @@ METHOD_COLORS = {
     "base": "#7f7f7f",
     "lambda_zero": "#bdbdbd",
     "random_masks": "#d9b38c",
+    "jtt": "#9edae5",
+    "subg": "#c5b0d5",
+    "dfr": "#9467bd",
     "lvlm_va": "#1f77b4",
     "rrr_gt": "#2ca02c",
 }
@@ -31,7 +37,8 @@ def outcome_figure(bars: Mapping[str, Mapping[str, tuple[float, float]]], captio
         bars: metric -> method -> (mean, standard deviation); metrics in 0..1.
         caption: who judged, and on what; stands above the panels.
     """
-    figure = Figure(figsize=(4.6 * len(bars), 3.8), layout="constrained")
+    panel = max(4.6, 0.85 * max(len(methods) for methods in bars.values()))  # inches, so that the names have room
+    figure = Figure(figsize=(panel * len(bars), 3.8), layout="constrained")
     figure.suptitle(caption, fontsize=10)
     for axes, (metric, methods) in zip(np.atleast_1d(figure.subplots(1, len(bars))), bars.items(), strict=True):
         names = [name for name in METHOD_NAMES if name in methods]

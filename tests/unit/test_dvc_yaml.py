@@ -95,7 +95,7 @@ def test_params_are_sections_that_exist(name: str) -> None:
 
 def test_the_stages_are_those_of_the_paper_in_its_order() -> None:
     chain = ["prepare", "train", "rank", "attribute", "segment", "critique", "judge", "mask", "align"]
-    assert list(STAGES) == [*chain, "baseline", "control", "evaluate", "report"]
+    assert list(STAGES) == [*chain, "baseline", "retrain", "control", "evaluate", "report"]
 
 
 def test_nothing_is_frozen_persisted_or_always_changed() -> None:

@@ -1,8 +1,18 @@
+import itertools
+
 import numpy as np
 import pytest
+from scipy import stats
 from sklearn.metrics import precision_score, recall_score
 
-from lvlmva_core.metrics import alignment_score, group_accuracies, mean_and_std, verdict_quality
+from lvlmva_core.metrics import (
+    alignment_score,
+    entropy_auroc,
+    group_accuracies,
+    mean_and_std,
+    verdict_quality,
+    wilcoxon_test,
+)
 
 
 def test_group_accuracies_by_hand() -> None:
@@ -73,3 +83,48 @@ def test_verdict_quality_without_such_regions_is_not_a_number() -> None:
 def test_mean_and_std_over_seeds() -> None:
     assert mean_and_std([1.0, 2.0, 3.0]) == {"mean": 2.0, "std": 1.0}
     assert mean_and_std([0.5]) == {"mean": 0.5, "std": 0.0}
+
+
+@pytest.mark.parametrize("n", [3, 7, 12])
+def test_wilcoxon_without_ties_is_scipys_exact_test(n: int) -> None:
+    differences = np.random.default_rng(n).normal(0.3, 1, n)
+    ours = wilcoxon_test(differences.tolist())
+    assert ours["n"] == n
+    for key, side in (("p_two_sided", "two-sided"), ("p_greater", "greater")):
+        expected = stats.wilcoxon(differences, alternative=side, method="exact").pvalue
+        assert ours[key] == pytest.approx(expected)
+
+
+def test_wilcoxon_with_ties_and_zeros_by_enumeration() -> None:
+    differences = [0.02, 0.02, 0.04, 0.0, -0.02, 0.06, 0.06, 0.02]
+    values = [d for d in differences if d]
+    ranks = stats.rankdata(np.abs(values))
+    observed = ranks[np.array(values) > 0].sum()
+    sums = [ranks[np.array(signs, dtype=bool)].sum() for signs in itertools.product([0, 1], repeat=len(values))]
+    greater = np.mean([s >= observed - 1e-9 for s in sums])
+    less = np.mean([s <= observed + 1e-9 for s in sums])
+    ours = wilcoxon_test(differences)
+    assert ours == {
+        "n": 7,
+        "p_two_sided": pytest.approx(min(1, 2 * min(greater, less))),
+        "p_greater": pytest.approx(greater),
+    }
+
+
+def test_wilcoxon_at_its_ends() -> None:
+    assert wilcoxon_test([0.1 * k for k in range(1, 8)]) == {
+        "n": 7,
+        "p_two_sided": pytest.approx(2 / 128),
+        "p_greater": pytest.approx(1 / 128),
+    }
+    assert wilcoxon_test([0.0, 0.0]) == {"n": 0, "p_two_sided": 1.0, "p_greater": 1.0}
+    assert wilcoxon_test([-1.0])["p_greater"] == 1.0
+
+
+def test_entropy_auroc_is_the_share_of_pairs_in_the_right_order() -> None:
+    rng = np.random.default_rng(0)
+    entropies, spurious = rng.random(60).round(1), rng.random(60) < 0.4
+    pairs = [(a < b) + 0.5 * (a == b) for a in entropies[spurious] for b in entropies[~spurious]]
+    assert entropy_auroc(entropies, spurious) == pytest.approx(np.mean(pairs))
+    assert entropy_auroc([0.1, 0.2], [True, False]) == 1.0
+    assert entropy_auroc([0.1, 0.2], [True, True]) is None
