@@ -1,5 +1,6 @@
 """Stage segment: attribution maps to regions."""
 
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,9 @@ def segment(params: Path, attributions: Path, images: Path, samples: Path, out: 
     store = open_store()
     if any(store.get_arrays(KIND, key) is None for key in keys):
         for version in committed_versions(str(out), store):
-            _take_in(version, store)
+            take_in(version, store)
     absent = [n for n, key in enumerate(keys) if store.get_arrays(KIND, key) is None]
+    sys.stderr.write(f"segment: {len(ids) - len(absent)} segmentations are there, {len(absent)} to compute\n")
     for first in track(range(0, len(absent), CHUNK), "segment"):
         rows = np.array(absent[first : first + CHUNK])
         found = segmenter.segment(
@@ -77,7 +79,7 @@ def segment(params: Path, attributions: Path, images: Path, samples: Path, out: 
     write_json(metrics, {"segment": _summary(config, arrays, status)})
 
 
-def _take_in(version: Path, store: Store) -> None:
+def take_in(version: Path, store: Store) -> None:
     """Put every row of an earlier output into the store."""
     attrs = read_attrs(version)
     names = ["segments", "weights"]

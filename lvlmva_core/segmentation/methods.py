@@ -38,7 +38,7 @@ class Segmenter:
 def _ppeps_wgm(
     attributions: np.ndarray, _images: np.ndarray | None, ids: Sequence[str], config: Segment, device: torch.device
 ) -> Arrays:
-    """Gaussian mixture weighted by the positive attributions (LVLM-VA §4.2)."""
+    """Gaussian mixture weighted by the positive attributions (LVLM-VA §4.1)."""
     weights = torch.from_numpy(np.maximum(attributions, 0)).to(device)
     if config.choose == "fixed":
         fit = fit_weighted_gmm(weights, config.n_regions, seed=config.seed, n_starts=config.n_starts, names=ids)

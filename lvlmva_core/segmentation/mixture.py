@@ -1,4 +1,4 @@
-"""Weighted Gaussian mixtures over the pixels of attribution maps (PPEPS-WGM, LVLM-VA §4.2)."""
+"""Weighted Gaussian mixtures over the pixels of attribution maps (PPEPS-WGM, LVLM-VA §4.1)."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -26,8 +26,8 @@ CONTESTS = (  # grids above the coarsest, starts that remain, EM steps before th
     (1, 1, 120),
 )
 ROUGH = 1e-5  # nats that a step must gain for EM to go on while starts are compared
-CPU_PIXELS, DEVICE_PIXELS = 2**18, 2**26  # that a worker takes at once: bounds memory
-CPU_DENSITIES, DEVICE_DENSITIES = 2**18, 2**30  # points x components x mixtures in one operation: fits a core's cache
+CPU_PIXELS, DEVICE_PIXELS = 2**18, 2**24  # that a worker takes at once: bounds memory
+CPU_DENSITIES, DEVICE_DENSITIES = 2**18, 2**28  # points x components x mixtures in one operation: fits a core's cache
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def fit_weighted_gmm(
     max_iterations: int = 5000,
     names: Sequence[str] | None = None,
 ) -> WeightedGMM:
-    """Fit J full-covariance Gaussians to each weight map by weighted maximum likelihood (LVLM-VA §4.2).
+    """Fit J full-covariance Gaussians to each weight map by weighted maximum likelihood (LVLM-VA §4.1).
 
     Starts are drawn by weighted k-means++ and compared on a coarse grid; the best goes through ever finer grids to full
     resolution. The random numbers depend on the seed alone and index each map's own distribution, so that neither the

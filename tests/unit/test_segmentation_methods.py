@@ -18,7 +18,8 @@ from lvlmva_core.segmentation import fit_chosen_gmm, fit_weighted_gmm, log_likel
 from lvlmva_core.segmentation.methods import SEGMENTERS
 from lvlmva_core.segmentation.sam import load_sam, sam_regions
 from lvlmva_core.segmentation.superpixels import grid_regions, merge_regions, number_by_share, slic_regions
-from stages.segment import segment
+from lvlmva_core.store import Store
+from stages.segment import segment, take_in
 
 CPU = torch.device("cpu")
 
@@ -328,6 +329,16 @@ def test_stage_mends_a_damaged_record(workplace: Workplace, caplog: pytest.LogCa
     workplace.run()
     assert "damaged record" in caplog.text
     assert workplace.records() == records
+
+
+@pytest.mark.parametrize("method", ["ppeps_wgm", "grid"])
+def test_an_earlier_output_holds_all_that_the_store_needs(workplace: Workplace, method: str) -> None:
+    workplace.run(method=method)
+    elsewhere = Store(workplace.folder / "elsewhere")
+    take_in(workplace.folder / "segments.zarr", elsewhere)
+    records = {file.relative_to(workplace.store): content for file, content in workplace.records().items()}
+    assert len(records) == 5
+    assert {f.relative_to(elsewhere.root): f.read_bytes() for f in elsewhere.root.rglob("*.arrays")} == records
 
 
 @pytest.mark.parametrize("method", ["slic", "grid"])
