@@ -147,13 +147,18 @@ def _survey(items: Sequence[T], first_call: Callable[[T], Call], name_of: Callab
 
 def open_calls(out: Path) -> CallStore:
     """The call store of this project; answers committed at HEAD in `out` stand above those of the store."""
-    preferred: dict[str, Record] = {}
     with version_at_head(out.as_posix()) as copy:
-        for candidate in _records_in(copy) if copy else ():
-            with contextlib.suppress(ValueError):  # said by hydrate, should it be needed
-                record = check_record(candidate)
-                preferred[record["key"]] = record
-    return CallStore(open_store(), preferred)
+        committed = list(_records_in(copy)) if copy else []
+    preferred: dict[str, Record] = {}
+    for candidate in committed:
+        with contextlib.suppress(ValueError):  # said by hydrate, should it be needed
+            record = check_record(candidate)
+            preferred[record["key"]] = record
+    calls = CallStore(open_store(), preferred)
+    new, _ = calls.take_in(preferred.values(), out.as_posix())
+    if new:
+        _say(f"{new} answers taken from {out} as committed")
+    return calls
 
 
 def hydrate(calls: CallStore, out: Path, *, required: bool) -> int:

@@ -153,7 +153,8 @@ def _changed(params: Path, folder: Path, changes: list[str]) -> Path:
     from ruamel.yaml import YAML
 
     yaml = YAML(typ="safe", pure=True)
-    content = yaml.load(params.read_text(encoding="utf-8"))
+    # through JSON, so that sections which share an anchor change one by one
+    content = json.loads(json.dumps(yaml.load(params.read_text(encoding="utf-8"))))
     for change in changes:
         path, separator, value = change.partition("=")
         *sections, key = path.split(".")

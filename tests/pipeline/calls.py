@@ -130,9 +130,9 @@ def write_params(folder: Path, server: Server, **changes: Any) -> Path:
     """params.yaml with the server as Critic and Judge. Changes: critique={...}, judge={...}, endpoint={...} of both."""
     yaml = YAML(typ="safe", pure=True)
     content = yaml.load((ROOT / "params.yaml").read_text())
-    settings = endpoint(server, **changes.get("endpoint", {}))
-    content["critique"] |= {"critic": "model", "endpoint": settings} | changes.get("critique", {})
-    content["judge"] |= {"judge": "model", "endpoint": settings} | changes.get("judge", {})
+    for section, role in (("critique", "critic"), ("judge", "judge")):
+        settings = endpoint(server, **changes.get("endpoint", {}))
+        content[section] |= {role: "model", "endpoint": settings} | changes.get(section, {})
     file = folder / "params.yaml"
     with file.open("w") as stream:
         yaml.dump(content, stream)

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from ruamel.yaml import YAML
 
-from lvlmva_core.config import Endpoint
+from lvlmva_core.config import Endpoint, load_params
 from lvlmva_core.datasets.knee import CLASSES as KNEE_CLASSES
 from lvlmva_core.datasets.skin import CLASSES as SKIN_CLASSES
 from lvlmva_core.errors import InputError
@@ -322,3 +323,28 @@ def test_costs_are_tokens_times_prices() -> None:
 def test_only_whole_answers_count(message: dict[str, Any], finish: str | None, reason: str | None) -> None:
     found = why_unusable({"choices": [{"message": message, "finish_reason": finish}]})
     assert found is None if reason is None else str(found).startswith(reason)
+
+
+PRESETS = sorted((PROMPTS.parent / "presets" / "critics").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_presets_of_critics_fit_params_and_keep_pictures_here(preset: Path, tmp_path: Path) -> None:
+    yaml = YAML(typ="safe", pure=True)
+    content = yaml.load((PROMPTS.parent / "params.yaml").read_text())
+    layer = yaml.load(preset.read_text())
+    assert layer.keys() == {"critique", "judge"}
+    for section, values in layer.items():
+        content[section] |= values
+    with (tmp_path / "params.yaml").open("w") as file:
+        yaml.dump(content, file)
+    params = load_params(tmp_path / "params.yaml")
+    for endpoint in (params.critique.endpoint, params.judge.endpoint):
+        assert endpoint is not None
+        assert not endpoint.allow_upload
+        assert is_loopback(endpoint) == (endpoint.api_key_variable is None)
+
+
+def test_the_presets_are_there() -> None:
+    hosted = {"gpt-4o", "gpt-4o-mini", "gpt-5", "llama-4-scout", "qwen3-vl"}
+    assert hosted | {"local-vllm", "local-llama-cpp", "local-ollama"} == {path.stem for path in PRESETS}
