@@ -60,16 +60,17 @@ def committed_versions(out: str, store: Store, *, required: bool = False) -> Ite
     root = _dvc_root()
     if root is None:
         return
-    project = _main_project(root)
-    for version, commit, at_head in _versions(project, root, _relative(out, root)):
+    project, name, cache = _main_project(root), _relative(out, root), None
+    for version, commit, at_head in _versions(project, root, name):
         mark = store.root / HYDRATED / version
         if mark.exists():
             continue
+        cache = cache or _cache_folder(root)
         with tempfile.TemporaryDirectory(prefix="lvlmva-") as folder:
             copy = Path(folder) / Path(out).name
             try:
-                if not _from_cache(_cache_folder(root), version, copy):
-                    _from_remote(project, _relative(out, root), commit, copy)
+                if not _from_cache(cache, version, copy):
+                    _from_remote(project, name, commit, copy)
             except FileNotFoundError:
                 message = f"{out} of commit {commit[:9] or '(none)'} is in neither DVC's cache nor the remote"
                 if required and at_head:
@@ -90,23 +91,17 @@ def committed_versions(out: str, store: Store, *, required: bool = False) -> Ite
 def version_at_head(out: str) -> Iterator[Path | None]:
     """A local copy of an output as it is committed at HEAD, or None where there is none or it cannot be fetched."""
     root = _dvc_root()
-    project = _main_project(root) if root else None
-    if root is None or project is None:
+    if root is None:
         yield None
         return
-    for version, commit, at_head in _versions(project, root, _relative(out, root)):
-        if not at_head:
-            break
-        with tempfile.TemporaryDirectory(prefix="lvlmva-") as folder:
-            copy = Path(folder) / Path(out).name
-            try:
-                if not _from_cache(_cache_folder(root), version, copy):
-                    _from_remote(project, _relative(out, root), commit, copy)
-            except (FileNotFoundError, UnhydratedError):
-                break
-            yield copy
-            return
-    yield None
+    project, name = _main_project(root), _relative(out, root)
+    version, commit, at_head = next(_versions(project, root, name), ("", "", False))
+    with tempfile.TemporaryDirectory(prefix="lvlmva-") as folder:
+        copy = Path(folder) / Path(out).name
+        with contextlib.suppress(FileNotFoundError, UnhydratedError):  # said by committed_versions, should it matter
+            if at_head and not _from_cache(_cache_folder(root), version, copy):
+                _from_remote(project, name, commit, copy)
+        yield copy if copy.exists() else None
 
 
 _OPT_OUT = "or set allow_unhydrated: true to pay again for what it may hold"

@@ -170,7 +170,7 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(200, self.completion(body))
 
     def completion(self, body: dict[str, Any], text: str | None = None) -> dict[str, Any]:
-        said = text or STATE.control["say"] or (_verdicts(body) if _is_judge(body) else _critique(body))
+        said = text or (_verdicts(body) if _is_judge(body) else STATE.control["say"] or _critique(body))
         usage = {"prompt_tokens": 1000, "completion_tokens": 100, "total_tokens": 1100}
         return {
             "id": "chatcmpl-1",

@@ -28,7 +28,7 @@ S = TypeVar("S")
 FINISHED = ("stop", "end_turn", "eos", None)  # what servers call an answer that is complete
 FIRST_WAIT_S = 0.5
 LONGEST_BACKOFF_S = 30.0
-LOCK_POLL_S = 0.05
+POLL_S = 0.05
 CHARACTERS_PER_TOKEN = 4  # of English prose; for estimates only
 _NO_KEY = "none"
 _USAGE = ("prompt_tokens", "completion_tokens")
@@ -181,7 +181,6 @@ class Spent:
     input_tokens: int = 0
     output_tokens: int = 0
     cost_usd: float = 0.0
-    reserved_usd: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -206,6 +205,8 @@ class Client:
     calls: CallStore
     replay: bool
     spent: Spent = field(default_factory=Spent)
+    _under_way: int = 0
+    _reserved_usd: float = 0.0
 
     async def __aenter__(self) -> "Client":
         if self.replay:
@@ -261,7 +262,7 @@ class Client:
             raise NotInStoreError(question.sample)
         descriptor = self.calls.store.acquire(KIND, key, wait=False)
         while descriptor is None:
-            await asyncio.sleep(LOCK_POLL_S)
+            await asyncio.sleep(POLL_S)
             descriptor = self.calls.store.acquire(KIND, key, wait=False)
         try:
             record = self.calls.get(key)  # another process may have bought it while we waited
@@ -275,9 +276,10 @@ class Client:
     async def _buy(self, call: Call, key: str, sample: str) -> Record:
         tokens = estimate_input_tokens(call)
         worst = cost_usd(self.endpoint, tokens, self.endpoint.token_limit)
-        self._check_budget(worst)
+        await self._wait_for_budget(worst)
         self.spent.calls += 1
-        self.spent.reserved_usd += worst
+        self._under_way += 1
+        self._reserved_usd += worst
         try:
             response, attempts = await self._attempt_repeatedly(call.body())
             self._book(response.get("usage"), tokens)
@@ -303,16 +305,18 @@ class Client:
                 raise InputError(f"{host_of(self.endpoint)}: {reason}; see {self.section}.base_url") from None
             raise CallFailedError(reason) from None
         finally:
-            self.spent.reserved_usd -= worst
+            self._under_way -= 1
+            self._reserved_usd = self._reserved_usd - worst if self._under_way else 0.0
 
-    def _check_budget(self, worst: float) -> None:
+    async def _wait_for_budget(self, worst: float) -> None:
+        """Let a call start only if the budget holds even where all calls under way cost what they may at most."""
         limits = self.endpoint
+        while self._under_way and self.spent.cost_usd + self._reserved_usd + worst > limits.max_cost_usd:
+            await asyncio.sleep(POLL_S)
         if self.spent.calls >= limits.max_calls:
             self._stop(f"max_calls = {limits.max_calls}", "max_calls")
-        if self.spent.cost_usd + self.spent.reserved_usd + worst > limits.max_cost_usd:
-            self._stop(
-                f"the next call may cost {worst:.4f} USD beyond max_cost_usd = {limits.max_cost_usd}", "max_cost_usd"
-            )
+        if self.spent.cost_usd + worst > limits.max_cost_usd:
+            self._stop(f"the next call may go beyond max_cost_usd = {limits.max_cost_usd}", "max_cost_usd")
 
     def _stop(self, reason: str, name: str) -> None:
         raise BudgetSpentError(
