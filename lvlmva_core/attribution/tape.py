@@ -130,7 +130,7 @@ def record(model: nn.Module, inputs: Tensor, rules: Mapping[OpOverload, Rule], c
     return Tape(inputs.shape[0], inputs, recorder.nodes, output.detach(), recorder.values[output])
 
 
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch has no types there
+class _Recorder(TorchDispatchMode):
     def __init__(
         self, model: nn.Module, samples: int, rules: Mapping[OpOverload, Rule], constant_ops: frozenset[Any]
     ) -> None:
