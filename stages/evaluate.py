@@ -237,6 +237,7 @@ def _verdicts(
     summary: dict[str, Any] = {
         "critic": sorted({record["critic"] for record in records}),
         "judge": sorted({record["judge"] for record in records}),
+        "critic_settings": next((record["settings"] for record in records if record["settings"]), {}),
         "samples": len(records),
         "samples_failed": sum(record["failure"] is not None for record in records),
         "samples_with_true_mask": int(known.sum()),

@@ -1,5 +1,6 @@
 """The outcome as a table on the terminal: `python -m stages.results`."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,24 @@ HEADINGS = {
     "wga": "WGA",
     "mu_align": "μ_align",
 }
+SPLITS = {
+    "test_agreeing": "accuracy, decoy as in training",
+    "test_plain": "accuracy, no decoy",
+}
 
 
 def judged_by(content: dict[str, Any]) -> str:
     """Who criticised and judged, in words that no stand-in can be mistaken in."""
     critics = ", ".join(_named(name) for name in content["verdicts"]["critic"])
     judges = ", ".join(_named(name) for name in content["verdicts"]["judge"])
-    return f"critic: {critics}; judge: {judges}"
+    named = content["verdicts"]["critic_settings"].get("name_spurious_feature")
+    prompt = "" if named is None else f" ({'told' if named else 'not told'} the known spurious features)"
+    rates = ", ".join(
+        f"{name.replace('_', ' ')} {content['verdicts']['critic_settings'][name]}"
+        for name in ("overlap", "false_positive_rate", "false_negative_rate")
+        if name in content["verdicts"]["critic_settings"]
+    )
+    return f"critic: {critics}{prompt}{f' ({rates})' if rates else ''}; judge: {judges}"
 
 
 def before_and_after(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -37,12 +49,14 @@ def before_and_after(content: dict[str, Any]) -> tuple[list[str], list[list[str]
     extra = sorted(
         {split for measured in content["methods"].values() for split in measured if split.startswith("test_")}
     )
-    columns = ["", *HEADINGS.values(), *(f"accuracy, {split.removeprefix('test_')}" for split in extra)]
+    columns = ["", *HEADINGS.values(), *(SPLITS.get(split, split) for split in extra)]
     rows = []
     for method, name in NAMES.items():
         if (measured := content["methods"].get(method)) is None:
             continue
-        values = [measured["test"].get(metric) for metric in HEADINGS] + [measured[split]["accuracy"] for split in extra]
+        values = [measured["test"].get(metric) for metric in HEADINGS] + [
+            measured[split]["accuracy"] for split in extra
+        ]
         rows.append([name, *(_number(value) for value in values)])
     return columns, rows
 
@@ -59,7 +73,8 @@ def results(evaluation: Path = Path("metrics/evaluate.json")) -> None:
         table.add_column(column)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    # a pipe has no width of its own: wide enough for the table
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
 def _named(name: str) -> str:
