@@ -26,6 +26,7 @@ CONTESTS = (  # grids above the coarsest, starts that remain, EM steps before th
     (1, 1, 120),
 )
 ROUGH = 1e-5  # nats that a step must gain for EM to go on while starts are compared
+CHUNKS_PER_THREAD = 2  # at least, where there are maps enough: no thread idles for long
 CPU_PIXELS, DEVICE_PIXELS = 2**18, 2**24  # that a worker takes at once: bounds memory
 CPU_DENSITIES, DEVICE_DENSITIES = 2**18, 2**28  # points x components x mixtures in one operation: fits a core's cache
 
@@ -101,6 +102,8 @@ def fit_weighted_gmm(
     ).to(maps.device)
     settings = _Settings(n_components, uniforms, tolerance, max_iterations)
     size = max(1, (CPU_PIXELS if maps.device.type == "cpu" else DEVICE_PIXELS) // maps.shape[1:].numel())
+    if maps.device.type == "cpu":
+        size = max(1, min(size, len(maps) // (CHUNKS_PER_THREAD * torch.get_num_threads())))
     chunks = torch.split(maps, size)
     starts = [None] * len(chunks) if start is None else list(torch.split(start, size))
     with _workers(maps.device) as pool:
@@ -115,7 +118,7 @@ def fit_weighted_gmm(
     )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def log_likelihood(mixtures: WeightedGMM, weights: Tensor | np.ndarray) -> Tensor:
     """sum(w log p) / sum(w) in nats, (B,) float64, of each mixture on another map of the same size: (B, H, W) weights.
 
@@ -211,10 +214,16 @@ def _fit_chunk(maps: Tensor, start: Tensor | None, settings: _Settings) -> Weigh
         if start is None:
             statistics[enough] = _from_coarse_to_fine(moments[enough], maps.dtype, settings)
         else:
-            from_start = partial(
-                _maximise, steps=settings.max_iterations, tolerance=settings.tolerance, accelerate=False
+            fitted, _ = _maximise(
+                moments[enough],
+                start[enough][:, None],
+                maps.dtype,
+                cells=False,
+                steps=settings.max_iterations,
+                tolerance=settings.tolerance,
+                accelerate=False,
             )
-            statistics[enough] = from_start(moments[enough], start[enough][:, None], maps.dtype, cells=False)[0][:, 0]
+            statistics[enough] = fitted[:, 0]
     empty = (em.parameters(statistics[:, None])[0][:, 0] == 0).any(1)
     status = ["collapsed" if e else "ok" for e in empty.tolist()]
     for kind, maps_of_kind in (("too_few_pixels", few), ("no_positive_effect", n_pixels == 0)):
