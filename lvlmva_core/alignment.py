@@ -128,6 +128,7 @@ def align_ensemble(
     selection: Selection | None = None,
     patience: int | None = None,
     resume: Resume | None = None,
+    precision: str = "float32",
 ) -> list[AlignedRun]:
     """Fine-tune copies of `model` with the RRR loss and Adam, one for each (λ, seed) of `runs` (LVLM-VA §4.4).
 
@@ -149,13 +150,15 @@ def align_ensemble(
         patience: a run ends after so many epochs without a better score, and its best epoch's weights are kept; None
             trains for `epochs` and keeps the last ones.
         resume: where to keep checkpoints, and to go on from them.
+        precision: "float32", or "bfloat16" for mixed precision (torch.autocast) in the steps of models that are no
+            ReLU MLPs; weights, optimiser and validation stay as they are.
 
     Returns:
         In the order of `runs`. Curves hold epoch (from 1), cross_entropy and penalty (means over the epoch's steps of
         both sums of the loss before λ; penalty is 0 where λ is), val_accuracy, and score if there is a `selection`.
 
     Raises:
-        InputError: the loss stops being finite.
+        InputError: the loss stops being finite, or "bfloat16" for a ReLU MLP.
         ValueError: `patience` without `selection`, or masks of another shape.
     """
     if patience is not None and selection is None:
@@ -164,6 +167,8 @@ def align_ensemble(
     if masks.dtype != torch.bool or tuple(masks.shape) != each:
         raise ValueError(f"masks must be bool {each}, not {masks.dtype} {tuple(masks.shape)}")
     layers = linear_layers(model)
+    if layers is not None and precision != "float32":
+        raise InputError(f"align.precision: a ReLU MLP is trained in float32 only, not {precision}; set it to float32")
     groups = _groups(len(runs), 1 if layers is None else _stack_size(layers, images.device))
     found = []
     for group in groups:
@@ -178,7 +183,7 @@ def align_ensemble(
         lambdas = [runs[n][0] for n in group]
         learner: _Learner
         if layers is None:
-            learner = _Single(model, data, lambdas[0], gamma, learning_rate)
+            learner = _Single(model, data, lambdas[0], gamma, learning_rate, precision)
         else:
             learner = _Stack(layers, data, lambdas, gamma, learning_rate)
         found += _train(
@@ -233,27 +238,37 @@ class _Learner(Protocol):
 class _Single:
     """One run of any model, by double backward."""
 
-    def __init__(self, model: nn.Module, data: _Data, rrr_lambda: float, gamma: float, learning_rate: float) -> None:
-        self.model = copy.deepcopy(model)
+    def __init__(
+        self,
+        model: nn.Module,
+        data: _Data,
+        rrr_lambda: float,
+        gamma: float,
+        learning_rate: float,
+        precision: str,
+    ) -> None:
+        self.model = copy.deepcopy(model).to(memory_format=torch.channels_last)  # convolutions are faster so
         self.data = data
         self.rrr_lambda = rrr_lambda
         self.gamma = gamma
         self.masks = data.masks if data.masks.ndim == 3 else data.masks[0]
+        self.mixed = torch.autocast(data.images.device.type, torch.bfloat16, enabled=precision == "bfloat16")
         self.optimizer = _adam(list(self.model.parameters()), learning_rate)
         self.totals = torch.zeros((1, 2), dtype=torch.float64, device=data.images.device)
 
     def step(self, rows: Tensor, chosen: Tensor) -> None:
         data = self.data
         masked_images = data.alignment_images[chosen[0]]
-        self.model.train()
-        logits = self.model(torch.cat([masked_images, data.images[rows[0]]]))
         targets = torch.cat([data.alignment_labels[chosen[0]], data.labels[rows[0]]])
-        cross_entropy = functional.cross_entropy(logits, targets, reduction="sum") / data.size
-        loss = cross_entropy
-        penalty = torch.zeros_like(cross_entropy)
-        if self.rrr_lambda:
-            penalty = rrr_penalty(self.model, masked_images, self.masks[chosen[0]]).sum() / data.size
-            loss = loss + self.rrr_lambda * penalty
+        self.model.train()
+        with self.mixed:
+            logits = self.model(torch.cat([masked_images, data.images[rows[0]]]))
+            cross_entropy = functional.cross_entropy(logits, targets, reduction="sum") / data.size
+            loss = cross_entropy
+            penalty = torch.zeros_like(cross_entropy)
+            if self.rrr_lambda:
+                penalty = rrr_penalty(self.model, masked_images, self.masks[chosen[0]]).sum() / data.size
+                loss = loss + self.rrr_lambda * penalty
         if self.gamma:
             squares = [parameter.square().sum() for parameter in self.model.parameters()]
             loss = loss + self.gamma * torch.stack(squares).sum()
@@ -267,7 +282,8 @@ class _Single:
         return predict_logits(self.model, images)[None]
 
     def weights(self, run: int) -> dict[str, Tensor]:
-        return {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+        state = self.model.state_dict()
+        return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
 
     def state(self) -> dict[str, Any]:
         return {"model": self.weights(0), "optimizer": self.optimizer.state_dict()}

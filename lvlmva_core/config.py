@@ -224,7 +224,7 @@ class Selection(Section):
 
 
 class Align(Section):
-    """RRR fine-tuning: λ belongs to inputs in [0, 1]."""
+    """RRR fine-tuning: λ belongs to inputs in [0, 1]. precision: of the steps; ReLU MLPs have only float32."""
 
     rrr_lambda: NonNegative
     gamma: NonNegative
@@ -234,6 +234,7 @@ class Align(Section):
     training_batch: Count
     seeds: Annotated[list[Seed], Field(min_length=1)]
     selection: Selection | None = None
+    precision: Literal["float32", "bfloat16"] = "float32"
 
 
 class Subg(Section):

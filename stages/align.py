@@ -91,6 +91,7 @@ def align(
         selection=chosen_by,
         patience=None if config.selection is None else config.selection.patience,
         resume=resume,
+        precision=config.precision,
     )
     by_lambda = {value: [one for one in found if one.rrr_lambda == value] for value in _candidates(config)}
     best = config.rrr_lambda

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import lvlmva_core.alignment as alignment
 from lvlmva_core.alignment import AlignedRun, align_classifier, align_ensemble, rrr_penalty
+from lvlmva_core.errors import InputError
 from lvlmva_core.resume import Resume
 from lvlmva_core.selection import by_accuracy
 from lvlmva_core.store import Store
@@ -47,6 +48,8 @@ def _align(
     model: nn.Module, runs: list[tuple[float, int]], masks: Tensor | None = None, **options: Any
 ) -> list[AlignedRun]:
     data = _data()
+    dtype = next(model.parameters()).dtype
+    data["images"] = data["images"].to(dtype)
     settings = {"gamma": 0.01, "learning_rate": 0.01, "epochs": EPOCHS, "alignment_batch": 4, "training_batch": 32}
     return align_ensemble(
         model,
@@ -247,6 +250,21 @@ def test_patience_without_selection_and_masks_of_another_shape_are_refused() -> 
         _align(_mlp(), RUNS, patience=1)
     with pytest.raises(ValueError, match=r"masks must be bool \(5, 10, 4, 5\)"):
         _align(_mlp(), RUNS, torch.zeros((4, N_ALIGN, 4, 5), dtype=torch.bool))
+
+
+def test_mixed_precision_is_close_and_not_for_mlps() -> None:
+    exact, mixed = _align(_cnn().float(), [(0.5, 0)]), _align(_cnn().float(), [(0.5, 0)], precision="bfloat16")
+    assert not torch.equal(exact[0].weights["0.weight"], mixed[0].weights["0.weight"])
+    assert all(tensor.dtype != torch.bfloat16 for tensor in mixed[0].weights.values())
+    np.testing.assert_allclose(mixed[0].curve["cross_entropy"], exact[0].curve["cross_entropy"], rtol=0.02)
+    np.testing.assert_allclose(mixed[0].curve["penalty"][0], exact[0].curve["penalty"][0], rtol=0.05)
+    with pytest.raises(InputError, match="a ReLU MLP is trained in float32 only"):
+        _align(_mlp(), RUNS, precision="bfloat16")
+
+
+def test_weights_come_back_as_they_are_saved() -> None:
+    (run,) = _align(_cnn(), [(0.5, 0)])
+    assert all(tensor.is_contiguous() for tensor in run.weights.values())
 
 
 def test_streams_can_be_entered_anywhere() -> None:
