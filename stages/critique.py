@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import typer
 
 from lvlmva_core.arrays import read_array, read_attrs
 from lvlmva_core.config import Critique, load_params
@@ -44,6 +45,9 @@ def critique(
         _row(config, sample, label_map, status, int(label), class_names)
         for sample, label_map, status, label in zip(ids, label_maps, attrs["status"], labels, strict=True)
     ]
+    if config.critic in ("rules", "oracle") and dry_run:
+        typer.echo(f"critique: '{config.critic}' is a stand-in; nothing to buy", err=True)
+        return
     if config.critic == "rules":
         for place, row in _with_regions(rows):
             row["critique"] = criticise_by_rules(pictures[place], label_maps[place])

@@ -4,6 +4,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from lvlmva_core.arrays import write_json
 from lvlmva_core.config import Judge, load_params
 from lvlmva_core.lvlm.calls import Call
@@ -22,6 +24,9 @@ def judge(params: Path, critiques: Path, prompts: Path, out: Path, metrics: Path
     given = read_rows(critiques, CRITIQUE_FIELDS)
     rows = [_row(critique, config) for critique in given]
     places = [place for place, row in enumerate(rows) if row["failure"] is None]
+    if config.judge == "rules" and dry_run:
+        typer.echo("judge: 'rules' is a stand-in; nothing to buy", err=True)
+        return
     if config.judge == "rules":
         for place in places:
             _judge_by_rules(rows[place], given[place])
