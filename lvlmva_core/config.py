@@ -132,6 +132,15 @@ class Segment(Section):
         return self
 
 
+_CREDENTIALS = ("api_key", "apikey", "api-key", "authorization", "secret", "password")
+
+
+def _keys_within(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [str(key) for key in value] + [key for inner in value.values() for key in _keys_within(inner)]
+    return [key for inner in value for key in _keys_within(inner)] if isinstance(value, list) else []
+
+
 class Endpoint(Section):
     """A model behind an OpenAI-compatible server. What is sent is part of a call's key; the rest is not."""
 
@@ -162,8 +171,9 @@ class Endpoint(Section):
         for key in self.extra_body:
             if key in own:
                 raise ValueError(f"extra_body.{key} has a key of its own or is set by the stage; remove it there")
-            if any(word in key.lower() for word in ("api_key", "apikey", "authorization", "token_auth", "secret")):
-                raise ValueError(f"extra_body.{key} looks like a credential; name its variable in api_key_variable")
+        for key in _keys_within(self.extra_body):
+            if any(word in key.lower() for word in _CREDENTIALS):
+                raise ValueError(f"extra_body: {key} looks like a credential; name its variable in api_key_variable")
         return self
 
 

@@ -230,6 +230,7 @@ def test_the_schema_is_sent_only_where_it_is_asked_for() -> None:
         ({"base_url": "https://user:password@host/v1"}, "base_url"),
         ({"base_url": "file:///etc/passwd"}, "base_url"),
         ({"extra_body": {"api_key": "sk-1"}}, "looks like a credential"),
+        ({"extra_body": {"options": [{"headers": {"Authorization": "Bearer sk-1"}}]}}, "looks like a credential"),
         ({"extra_body": {"messages": []}}, "is set by the stage"),
         ({"extra_body": {"max_tokens": 1}}, "is set by the stage"),
     ],
