@@ -1,5 +1,6 @@
 """DeepLIFT with the rescale rule, averaged over baselines (DeepLiftSHAP; Lundberg and Lee 2017; LVLM-VA §4.1)."""
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -113,7 +114,8 @@ def explain(
     output = expected = torch.zeros(len(inputs), dtype=inputs.dtype, device=inputs.device)
     done = 0
     while done < len(baselines):
-        part = baselines[done : done + batch_size]
+        remaining = len(baselines) - done
+        part = baselines[done : done + math.ceil(remaining / math.ceil(remaining / batch_size))]  # parts of equal size
         at_once = min(max(batch_size // len(part), 1), samples_at_once)
         try:
             sums, output, means = _attribute(model, inputs, part, targets, at_once, layout)
