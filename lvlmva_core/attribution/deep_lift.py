@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -150,7 +151,7 @@ def _attribute(
     """
     sums = torch.empty_like(inputs, memory_format=torch.contiguous_format)
     output = torch.empty(len(inputs), dtype=inputs.dtype, device=inputs.device)
-    with torch.no_grad(), _full_precision(inputs.device):
+    with torch.no_grad(), full_precision(inputs.device):
         baseline_tape = record(model, _in_layout(baselines, layout), RULES, CONSTANT_OPS)
         classes = baseline_tape.output.shape[1]
         if bool(((targets < 0) | (targets >= classes)).any()):
@@ -208,18 +209,20 @@ def check_arguments(model: nn.Module, inputs: Tensor, baselines: Tensor, target:
 
 
 @contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
+def full_precision(device: torch.device) -> Iterator[None]:
     """No TF32 in convolutions and matrix products of a GPU: it keeps 10 bits of the mantissa only."""
     if device.type != "cuda":
         yield
         return
-    matmul = torch.backends.cuda.matmul.allow_tf32
+    settings: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+    before = [each.fp32_precision for each in settings]
     try:
-        torch.backends.cuda.matmul.allow_tf32 = False
-        with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
-            yield
+        for each in settings:
+            each.fp32_precision = "ieee"
+        yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = matmul
+        for each, precision in zip(settings, before, strict=True):
+            each.fp32_precision = precision
 
 
 def _attribute_pairs(tape: Tape, baseline: Tape, targets: Tensor) -> Tensor:

@@ -650,7 +650,7 @@ def _table() -> dict[OpOverload, Rule]:
     add(_rule(_convolution, _check_convolution), "convolution")
     add(
         _rule(_batch_norm, _check_batch_norm, one_output=True),
-        *("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "_native_batch_norm_legit_no_training"),
+        *("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"),
     )
     add(_rule(_addmm, _check_addmm), "addmm")
     add(_rule(_mm, _check_mm), "mm")

@@ -1,5 +1,6 @@
 """DeepLiftSHAP against oracles of its own kind: brute force, Shapley values, gradients, captum; and what it refuses."""
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -20,6 +21,7 @@ from lvlmva_core.attribution import (
     gradient,
     integrated_gradients,
 )
+from lvlmva_core.attribution.deep_lift import full_precision
 from lvlmva_core.attribution.testing import (
     AttributionTests,
     Product,
@@ -576,6 +578,22 @@ def test_models_that_call_view_on_their_activations() -> None:
     assert_close(found, deep_lift_shap(model, inputs, inputs.flip(0) * 0.5, 0, channels_last=False), 1e-6)
     with pytest.raises(RuntimeError, match="view size"):
         deep_lift_shap(model, inputs, inputs, 0, channels_last=True)
+
+
+def test_reduced_precision_is_off_and_comes_back() -> None:
+    """TF32 would cost the exactness; the settings are the caller's again after, also after an exception."""
+    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [each.fp32_precision for each in settings]
+    try:
+        for each in settings:
+            each.fp32_precision = "tf32"
+        with contextlib.suppress(KeyError), full_precision(torch.device("cuda")):
+            assert [each.fp32_precision for each in settings] == ["ieee", "ieee"]
+            raise KeyError("in the middle of a call")
+        assert [each.fp32_precision for each in settings] == ["tf32", "tf32"]
+    finally:
+        for each, precision in zip(settings, before, strict=True):
+            each.fp32_precision = precision
 
 
 def test_runs_inside_other_modes() -> None:
