@@ -129,6 +129,7 @@ def align_ensemble(
     patience: int | None = None,
     resume: Resume | None = None,
     precision: str = "float32",
+    batch_norm: str = "train",
 ) -> list[AlignedRun]:
     """Fine-tune copies of `model` with the RRR loss and Adam, one for each (λ, seed) of `runs` (LVLM-VA §4.4).
 
@@ -152,6 +153,9 @@ def align_ensemble(
         resume: where to keep checkpoints, and to go on from them.
         precision: "float32", or "bfloat16" for mixed precision (torch.autocast) in the steps of models that are no
             ReLU MLPs; weights, optimiser and validation stay as they are.
+        batch_norm: "train", or "frozen": BatchNorm layers keep the base model's running statistics and use them in the
+            cross-entropy's forward too. With "train" the penalty may be lowered by moving the weights away from the
+            running statistics, which the cross-entropy does not see: the model in eval mode then is another one.
 
     Returns:
         In the order of `runs`. Curves hold epoch (from 1), cross_entropy and penalty (means over the epoch's steps of
@@ -183,7 +187,7 @@ def align_ensemble(
         lambdas = [runs[n][0] for n in group]
         learner: _Learner
         if layers is None:
-            learner = _Single(model, data, lambdas[0], gamma, learning_rate, precision)
+            learner = _Single(model, data, lambdas[0], gamma, learning_rate, precision, batch_norm)
         else:
             learner = _Stack(layers, data, lambdas, gamma, learning_rate)
         found += _train(
@@ -246,7 +250,9 @@ class _Single:
         gamma: float,
         learning_rate: float,
         precision: str,
+        batch_norm: str,
     ) -> None:
+        self.frozen = batch_norm == "frozen"
         self.model = copy.deepcopy(model).to(memory_format=torch.channels_last)  # convolutions are faster so
         self.data = data
         self.rrr_lambda = rrr_lambda
@@ -261,6 +267,9 @@ class _Single:
         masked_images = data.alignment_images[chosen[0]]
         targets = torch.cat([data.alignment_labels[chosen[0]], data.labels[rows[0]]])
         self.model.train()
+        for module in self.model.modules() if self.frozen else ():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
         with self.mixed:
             logits = self.model(torch.cat([masked_images, data.images[rows[0]]]))
             cross_entropy = functional.cross_entropy(logits, targets, reduction="sum") / data.size

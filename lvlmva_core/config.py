@@ -234,7 +234,10 @@ class Selection(Section):
 
 
 class Align(Section):
-    """RRR fine-tuning: λ belongs to inputs in [0, 1]. precision: of the steps; ReLU MLPs have only float32."""
+    """RRR fine-tuning: λ belongs to inputs in [0, 1]. precision: of the steps; ReLU MLPs have only float32.
+
+    batch_norm: train, or frozen: BatchNorm keeps the base model's statistics (`lvlmva_core.alignment`).
+    """
 
     rrr_lambda: NonNegative
     gamma: NonNegative
@@ -245,6 +248,7 @@ class Align(Section):
     seeds: Annotated[list[Seed], Field(min_length=1)]
     selection: Selection | None = None
     precision: Literal["float32", "bfloat16"] = "float32"
+    batch_norm: Literal["train", "frozen"] = "train"
 
 
 class Subg(Section):

@@ -92,6 +92,7 @@ def align(
         patience=None if config.selection is None else config.selection.patience,
         resume=resume,
         precision=config.precision,
+        batch_norm=config.batch_norm,
     )
     by_lambda = {value: [one for one in found if one.rrr_lambda == value] for value in _candidates(config)}
     best = config.rrr_lambda
