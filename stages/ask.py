@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -72,17 +73,30 @@ def ask_all(
     replay = replay or os.environ.get("LVLMVA_OFFLINE", "") not in ("", "0")
     calls = open_calls(out)
     survey = _survey(items, first_call, name_of)
+    may_pay = not (replay or dry_run)
+
+    @functools.cache  # before the plan where it shows that something is missing, else when a later call turns out to be
+    def fill() -> None:
+        hydrate(calls, out, required=may_pay and not endpoint.allow_unhydrated)
+
+    @functools.cache
+    def prepare() -> str:
+        fill()
+        if not may_pay:
+            return ""
+        key = check_endpoint(endpoint, os.environ, pictures=pictures)
+        confirm_host(endpoint)
+        return key
+
     if any(calls.get(question.key) is None for question in survey.questions):
-        hydrate(calls, out, required=not (replay or dry_run or endpoint.allow_unhydrated))
+        fill()
     estimate = survey.estimate(calls, endpoint)
     _say(describe(estimate, endpoint, section))
     if dry_run:
         return None
-    key = ""
-    if estimate.new_calls and not replay:
-        key = check_endpoint(endpoint, os.environ, pictures=pictures)
-        confirm_host(endpoint)
-    client = Client(endpoint, section, key, calls, replay)
+    if estimate.new_calls:
+        prepare()
+    client = Client(endpoint, section, calls, prepare, replay)
     missing: list[str] = []
     failed: list[str] = []
 

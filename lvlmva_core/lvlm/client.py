@@ -196,28 +196,45 @@ class Question:
 class Client:
     """Answers to calls, from the store or from an endpoint. One client belongs to one event loop.
 
-    section: of params.yaml, for messages ("critique.endpoint"). api_key: "" where none is needed. replay: never send.
+    section: of params.yaml, for messages ("critique.endpoint").
+    prepare: called once, before the first call that the store lacks; may fill the store, says the API key ("" where
+        none is needed), or raises InputError where nothing may be sent.
+    replay: never send.
     """
 
     endpoint: Endpoint
     section: str
-    api_key: str
     calls: CallStore
+    prepare: Callable[[], str]
     replay: bool
     spent: Spent = field(default_factory=Spent)
+    _prepared: bool = False
+    _api_key: str = ""
+    _openai: Any = None
     _under_way: int = 0
     _reserved_usd: float = 0.0
+    _resume_at: float = 0.0
 
     async def __aenter__(self) -> "Client":
-        if self.replay:
-            return self
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._openai is not None:
+            await self._openai.close()
+
+    def _prepare_once(self) -> None:
+        if not self._prepared:
+            self._api_key = self.prepare()
+            self._prepared = True
+
+    def _connect(self) -> None:
         import httpx2
         import openai
 
         # the client's logger can print whole requests
         logging.getLogger("openai").setLevel(logging.WARNING)
         limits = httpx2.Limits(max_connections=self.endpoint.concurrency)
-        self._http = httpx2.AsyncClient(
+        http = httpx2.AsyncClient(
             # a redirect would carry pictures to a host that nobody agreed to
             follow_redirects=False,
             limits=limits,
@@ -226,25 +243,19 @@ class Client:
             event_hooks={"request": [self._only_our_headers]},
         )
         self._openai = openai.AsyncOpenAI(
-            api_key=self.api_key or _NO_KEY,
+            api_key=self._api_key or _NO_KEY,
             base_url=self.endpoint.base_url,
             max_retries=0,
-            http_client=self._http,
+            http_client=http,
         )
-        self._resume_at = 0.0
         self._random = random.Random()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        if not self.replay:
-            await self._openai.close()
 
     async def _only_our_headers(self, request: Any) -> None:
         # the openai client adds headers from the environment and facts about this machine
         for name in list(request.headers):
             if name.lower() not in _HEADERS_SENT:
                 del request.headers[name]
-        request.headers["authorization"] = f"Bearer {self.api_key or _NO_KEY}"
+        request.headers["authorization"] = f"Bearer {self._api_key or _NO_KEY}"
 
     async def ask(self, question: Question) -> Record:
         """The record of a call: from the store, else bought and kept before it is returned.
@@ -255,20 +266,30 @@ class Client:
         """
         key = question.key
         record = self.calls.get(key)
-        if record is not None:
-            self.spent.hits += 1
-            return record
-        if self.replay:
+        if record is None:
+            self._prepare_once()
+            if not self.replay:
+                return await self._buy_alone(question)
+            record = self.calls.get(key)
+        if record is None:
             raise NotInStoreError(question.sample)
+        self.spent.hits += 1
+        return record
+
+    async def _buy_alone(self, question: Question) -> Record:
+        """Buy under the key's lock, unless the answer came into the store meanwhile."""
+        key = question.key
         descriptor = self.calls.store.acquire(KIND, key, wait=False)
         while descriptor is None:
             await asyncio.sleep(POLL_S)
             descriptor = self.calls.store.acquire(KIND, key, wait=False)
         try:
-            record = self.calls.get(key)  # another process may have bought it while we waited
+            record = self.calls.get(key)
             if record is not None:
                 self.spent.hits += 1
                 return record
+            if self._openai is None:
+                self._connect()
             return await self._buy(question.build(), key, question.sample)
         finally:
             self.calls.store.release(KIND, key, descriptor)
@@ -441,9 +462,13 @@ class Client:
         return InputError(f"{host} refuses the request (HTTP {status}: {said}); {hint}")
 
     def _remove_key(self, text: str) -> str:
-        if not self.api_key:
+        if not self._api_key:
             return text
-        for form in {self.api_key, json.dumps(self.api_key)[1:-1], json.dumps(self.api_key)[1:-1].replace("/", "\\/")}:
+        for form in {
+            self._api_key,
+            json.dumps(self._api_key)[1:-1],
+            json.dumps(self._api_key)[1:-1].replace("/", "\\/"),
+        }:
             text = text.replace(form, "[API key removed]")
         return text
 

@@ -255,6 +255,35 @@ def test_a_judge_that_never_answers_well_is_a_failure_with_its_reason(folder: Pa
         _judge()
 
 
+def test_more_attempts_later_buy_the_later_calls_only(
+    folder: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _critique()
+    write_params(folder, server, judge={"max_attempts": 1, "max_failed_share": 1.0})
+    server.set(always="bad:missing")
+    _judge()
+    first = len(server.log())
+    assert first > 0
+    server.set()
+    write_params(folder, server, judge={"max_attempts": 2, "judge": "replay"})
+    with pytest.raises(InputError, match=r"lacks the answers for 6 of 6 samples"):
+        _judge()
+    write_params(folder, server, judge={"max_attempts": 2})
+    with monkeypatch.context() as without_key:
+        without_key.delenv("LVLMVA_TEST_API_KEY")
+        with pytest.raises(InputError, match="LVLMVA_TEST_API_KEY is not set"):
+            _judge()
+    assert server.log() == []
+    _judge()
+    assert len(server.log()) == first
+    assert all(entry["headers"]["authorization"] == f"Bearer {KEY}" for entry in server.log())
+    assert all(row["failure"] is None for row in rows(folder, "verdicts"))
+    expected = Path("data/verdicts.jsonl").read_bytes()
+    write_params(folder, server, judge={"max_attempts": 2, "judge": "replay"})
+    _judge()
+    assert Path("data/verdicts.jsonl").read_bytes() == expected
+
+
 def test_max_calls_stops_cleanly_and_the_next_run_goes_on(folder: Path, server: Server) -> None:
     write_params(folder, server, endpoint={"max_calls": 4})
     with pytest.raises(BudgetSpentError, match=r"stopped after 4 new calls .*raise critique.endpoint.max_calls"):
