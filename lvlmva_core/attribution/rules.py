@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from lvlmva_core.attribution.tape import Keep, Node, Rule, Value, refuse
 
@@ -83,11 +83,13 @@ def same_constants(x: Node, baseline: Node, samples: tuple[int, int]) -> bool:
     """Whether an operation had the same constants in both runs, but for a number of rows."""
     if x.op in ROWS_IN_ARGUMENTS:
         return True
-    a, b = (tree_leaves((node.args, node.kwargs)) for node in (x, baseline))
+    a, b = ((*node.args, *node.kwargs.values()) for node in (x, baseline))
     return len(a) == len(b) and all(_same_constant(x, p, baseline, q, samples) for p, q in zip(a, b, strict=True))
 
 
 def _same_constant(x: Node, a: Any, baseline: Node, b: Any, samples: tuple[int, int]) -> bool:
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(_same_constant(x, p, baseline, q, samples) for p, q in zip(a, b, strict=True))
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return type(a) is type(b) and bool(a == b)
     if a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()):

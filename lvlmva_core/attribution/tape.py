@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lvlmva_core.errors import InputError
@@ -145,9 +144,15 @@ class _Recorder(TorchDispatchMode):
         self._own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers()) if t.numel()}
         self._kept: dict[int, list[tuple[Node, int]]] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # else PyTorch wraps each call below in its compiler's switch, which takes seconds to import and slows each call
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        followed = [leaf for leaf in tree_flatten((args, kwargs))[0] if self._follows(leaf)]
+        # ATen's arguments nest no deeper than a list of tensors
+        followed = [leaf for each in (*args, *kwargs.values()) for leaf in _leaves(each) if self._follows(leaf)]
         if not followed:
             self._refuse_writing_to_the_model(func, args)
             return func(*args, **kwargs)
@@ -176,8 +181,8 @@ class _Recorder(TorchDispatchMode):
             )
         node = Node(
             functional,
-            tree_map(self._value_of, tuple(args)),
-            tree_map(self._value_of, dict(kwargs)),
+            tuple(self._with_values(each) for each in args),
+            {name: self._with_values(each) for name, each in kwargs.items()},
             tuple(self.values[tensor] for tensor in followed),
             tuple(tensor.shape for tensor in followed),
             (),
@@ -221,8 +226,10 @@ class _Recorder(TorchDispatchMode):
     def _follows(self, leaf: Any) -> bool:
         return isinstance(leaf, Tensor) and leaf in self.values
 
-    def _value_of(self, leaf: Any) -> Any:
-        return self.values[leaf] if self._follows(leaf) else leaf
+    def _with_values(self, argument: Any) -> Any:
+        if isinstance(argument, list | tuple):
+            return [self._with_values(leaf) for leaf in argument]
+        return self.values[argument] if self._follows(argument) else argument
 
     def _keep(self, node: Node, tensors: list[Tensor]) -> None:
         for tensor in tensors:
@@ -246,6 +253,10 @@ class _Recorder(TorchDispatchMode):
                     f"{node.place}: {_readable(node.op)} gives a tensor {tuple(shape)} that does not keep the samples "
                     "apart in its first dimension; attribution needs a model that treats each sample on its own"
                 )
+
+
+def _leaves(argument: Any) -> Any:
+    return argument if isinstance(argument, list | tuple) else (argument,)
 
 
 _READS_A_VALUE = frozenset({torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default})
