@@ -319,6 +319,7 @@ class _Stack:
         self.rrr_lambda = torch.tensor(lambdas, dtype=images.dtype, device=images.device) if any(lambdas) else None
         channels = data.masks.unsqueeze(-3).expand(*data.masks.shape[:-2], *images.shape[1:])
         self.masks = channels.flatten(-3).to(images.dtype)
+        self.pixels = torch.cat([data.alignment_images, images]).flatten(1)  # one gather a step
         self.run = torch.arange(len(lambdas), device=images.device)[:, None]
         # the gradient of γ Σ θ² is 2 γ θ, which is what Adam calls weight decay
         self.optimizer = _adam(self.stack.parameters(), learning_rate, weight_decay=2 * gamma)
@@ -326,7 +327,9 @@ class _Stack:
 
     def step(self, rows: Tensor, chosen: Tensor) -> None:
         data = self.data
-        batch = torch.cat([data.alignment_images[chosen], data.images[rows]], dim=1).flatten(2)
+        first = len(data.alignment_images)
+        places = torch.cat([chosen, rows + first, chosen], dim=1)  # the last ones only make room, see `backward`
+        batch = self.pixels.index_select(0, places.flatten()).view(*places.shape, -1)
         targets = torch.cat([data.alignment_labels[chosen], data.labels[rows]], dim=1)
         masks = self.masks[chosen] if self.masks.ndim == 2 else self.masks[self.run, chosen]
         losses = self.stack.backward(batch, targets, masks, self.rrr_lambda)

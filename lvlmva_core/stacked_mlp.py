@@ -64,21 +64,21 @@ class StackedMlp:
             found.append(_linear(hidden, self.weights[-1], self.biases[-1]))
         return torch.cat(found, dim=1)
 
-    def backward(
-        self, images: Tensor, labels: Tensor, masks: Tensor, rrr_lambda: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def backward(self, rows: Tensor, labels: Tensor, masks: Tensor, rrr_lambda: Tensor | None) -> tuple[Tensor, Tensor]:
         """Set the gradients of cross-entropy + λ penalty, both summed over a run's batch and divided by its size I.
 
         Args:
-            images: (R, I, D), the alignment samples first. labels: int64 (R, I).
+            rows: (R, I + a, D), the batch of I images, the `a` alignment samples first, and then `a` rows that are
+                overwritten: room for what the penalty adds to the product that is the first layer's gradient.
+            labels: int64 (R, I).
             masks: (R, a, D) of the images' dtype, 1 where the gradient of the first `a` samples is to vanish.
             rrr_lambda: (R,), or None for no penalty at all.
 
         Returns:
             cross_entropy (R,) and penalty (R,), both before λ; the penalty is 0 where λ is 0.
         """
-        size, n_classes, n_masked = images.shape[1], self.weights[-1].shape[1], masks.shape[1]
-        inputs, active = [images], []
+        size, n_classes, n_masked = labels.shape[1], self.weights[-1].shape[1], masks.shape[1]
+        inputs, active = [rows[:, :size]], []
         for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
             hidden = _linear(inputs[-1], weight, bias)
             active.append(hidden > 0)
@@ -100,7 +100,7 @@ class StackedMlp:
             gradient = torch.bmm(down[0], self.weights[0]).mul_(masks)
             penalty = gradient.square().sum((1, 2)) / size * (rrr_lambda > 0)
             # d (λ penalty) / d (each of these derivatives), from the pixels up to the logits
-            up = [gradient.mul_(2 / size * rrr_lambda[:, None, None])]
+            up = [torch.mul(gradient, 2 / size * rrr_lambda[:, None, None], out=rows[:, size:])]
             for weight, on in zip(self.weights[:-1], active, strict=True):
                 up.append(torch.bmm(up[-1], weight.transpose(1, 2)).mul_(on[:, :n_masked]))
             at_top = torch.bmm(up[-1], self.weights[-1].transpose(1, 2))
@@ -109,9 +109,11 @@ class StackedMlp:
 
         at_output = at_logits
         for layer in reversed(range(len(self.weights))):
-            rows = torch.cat([at_output, down[layer]], 1) if down else at_output
-            columns = torch.cat([inputs[layer], up[layer]], 1) if up else inputs[layer]
-            self.weights[layer].grad = torch.bmm(rows.transpose(1, 2), columns)
+            left, right = at_output, inputs[layer]
+            if down:
+                left = torch.cat([at_output, down[layer]], 1)
+                right = torch.cat([right, up[layer]], 1) if layer else rows
+            self.weights[layer].grad = torch.bmm(left.transpose(1, 2), right)
             self.biases[layer].grad = at_output.sum(1)
             if layer:
                 at_output = torch.bmm(at_output, self.weights[layer]).mul_(active[layer - 1])

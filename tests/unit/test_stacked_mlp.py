@@ -42,6 +42,10 @@ def _batch(n_runs: int) -> tuple[Tensor, Tensor, Tensor]:
     return images, labels, torch.rand((n_runs, 4, HEIGHT, WIDTH), generator=generator) < 0.5
 
 
+def _rows(images: Tensor) -> Tensor:
+    return torch.cat([images, torch.full_like(images[:, :4], torch.nan)], dim=1).flatten(2)
+
+
 @pytest.mark.parametrize("depth", [1, 2, 4])
 def test_losses_and_gradients_are_those_of_double_backward_for_every_run(depth: int) -> None:
     models = [_mlp(depth, seed) for seed in range(3)]
@@ -49,7 +53,7 @@ def test_losses_and_gradients_are_those_of_double_backward_for_every_run(depth: 
     lambdas = [0.0, 0.7, 30.0]
     stack = _stack(models)
     channels = masks[:, :, None].expand(-1, -1, CHANNELS, -1, -1).flatten(2).double()
-    found = stack.backward(images.flatten(2), labels, channels, torch.tensor(lambdas, dtype=torch.float64))
+    found = stack.backward(_rows(images), labels, channels, torch.tensor(lambdas, dtype=torch.float64))
     for run, (model, rrr_lambda) in enumerate(zip(models, lambdas, strict=True)):
         cross_entropy = functional.cross_entropy(model(images[run]), labels[run], reduction="sum") / 9
         penalty = rrr_penalty(model, images[run, :4], masks[run]).sum() / 9
@@ -67,8 +71,8 @@ def test_without_lambda_only_the_cross_entropy_counts() -> None:
     channels = masks[:, :, None].expand(-1, -1, CHANNELS, -1, -1).flatten(2).double()
     with_zero, without = _stack([_mlp(2), _mlp(2)]), _stack([_mlp(2), _mlp(2)])
     zero = torch.zeros(2, dtype=torch.float64)
-    first = with_zero.backward(images.flatten(2), labels, channels, zero)
-    second = without.backward(images.flatten(2), labels, channels, None)
+    first = with_zero.backward(_rows(images), labels, channels, zero)
+    second = without.backward(_rows(images), labels, channels, None)
     assert torch.equal(first[0], second[0])
     assert first[1].tolist() == second[1].tolist() == [0, 0]
     for one, other in zip(with_zero.parameters(), without.parameters(), strict=True):
