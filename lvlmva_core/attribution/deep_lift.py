@@ -161,7 +161,7 @@ def _attribute(
         for start in range(0, len(inputs), at_once):
             rows = slice(start, start + at_once)
             tape = record(model, _in_layout(inputs[rows], layout), RULES, CONSTANT_OPS)
-            sums[rows] = _attribute_pairs(tape, baseline_tape, targets[rows])
+            sums[rows] = attribute_pairs(tape, baseline_tape, targets[rows])
             output[rows] = tape.output.gather(1, targets[rows, None])[:, 0]
             del tape  # its activations go before the next ones come
         return sums, output, baseline_tape.output[:, targets].sum(0)
@@ -225,7 +225,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
             each.fp32_precision = precision
 
 
-def _attribute_pairs(tape: Tape, baseline: Tape, targets: Tensor) -> Tensor:
+def attribute_pairs(tape: Tape, baseline: Tape, targets: Tensor) -> Tensor:
     """DeepLIFT of every input against every baseline, summed over the baselines.
 
     Returns:
