@@ -33,6 +33,7 @@ def report(
     evaluation: Path,
     train_metrics: Path,
     curves: list[str],
+    diagnostics: Path,
     out: Path,
 ) -> None:
     """Draw the figures and write the page. `curves` names each method and its curve: `lvlm_va=metrics/x.csv`."""
@@ -71,6 +72,8 @@ def report(
         "Validation accuracy during alignment.",
         curves_figure(tables_of_curves, read_json(train_metrics)["train"]["val_accuracy"]),
     )
+    figures["Output entropy of training samples with and without the spurious feature."] = diagnostics / "entropy.png"
+    figures["Embeddings of test samples before and after alignment."] = diagnostics / "embeddings.png"
     page = render_page(
         title=f"LVLM-VA on {dataset}",
         summary=f"Spurious feature: {read_attrs(images)['spurious_feature']}. {who[0].upper()}{who[1:]}.",

@@ -10,13 +10,13 @@ from matplotlib.figure import Figure
 
 METHOD_NAMES = {
     "base": "base",
-    "lambda_zero": "λ = 0\n(control)",
-    "random_masks": "random masks\n(control)",
+    "lambda_zero": "λ = 0 (control)",
+    "random_masks": "random masks (control)",
     "jtt": "JTT",
-    "subg": "SUBG\n(groups)",
-    "dfr": "DFR\n(groups)",
+    "subg": "SUBG (group labels)",
+    "dfr": "DFR (group labels)",
     "lvlm_va": "LVLM-VA",
-    "rrr_gt": "RRR, true masks\n(bound)",
+    "rrr_gt": "RRR, true masks (bound)",
 }
 METHOD_COLORS = {
     "base": "#7f7f7f",
@@ -31,27 +31,30 @@ METHOD_COLORS = {
 
 
 def outcome_figure(bars: Mapping[str, Mapping[str, tuple[float, float]]], caption: str) -> Figure:
-    """One panel a metric, one bar a method, with the standard deviation over seeds.
+    """One panel a metric, one bar a method from 0, with the standard deviation over seeds.
 
     Args:
-        bars: metric -> method -> (mean, standard deviation); metrics in 0..1.
+        bars: metric -> method -> (mean, standard deviation); metrics in 0..1; the same methods in each.
         caption: who judged, and on what; stands above the panels.
     """
-    panel = max(4.6, 0.85 * max(len(methods) for methods in bars.values()))  # inches, so that the names have room
-    figure = Figure(figsize=(panel * len(bars), 3.8), layout="constrained")
-    figure.suptitle(caption, fontsize=10)
-    for axes, (metric, methods) in zip(np.atleast_1d(figure.subplots(1, len(bars))), bars.items(), strict=True):
-        names = [name for name in METHOD_NAMES if name in methods]
-        heights = [methods[name][0] for name in names]
-        deviations = [methods[name][1] for name in names]
-        axes.bar(range(len(names)), heights, yerr=deviations, capsize=3, color=[METHOD_COLORS[name] for name in names])
-        for place, (height, deviation) in enumerate(zip(heights, deviations, strict=True)):
-            axes.annotate(f"{height:.3f}", (place, height + deviation), (0, 3), textcoords="offset points", ha="center")
-        low = min(height - deviation for height, deviation in zip(heights, deviations, strict=True))
-        axes.set_ylim(max(0.0, np.floor((low - 0.1) * 10) / 10), 1.04)
-        axes.set_xticks(range(len(names)), [METHOD_NAMES[name] for name in names], fontsize=8)
-        axes.set_title(metric, fontsize=10)
+    methods = [name for name in METHOD_NAMES if name in next(iter(bars.values()))]
+    places = range(len(methods))
+    figure = Figure(figsize=(10, 0.42 * len(methods) + 1.2), layout="constrained")
+    figure.suptitle(caption, fontsize=9)
+    panels = figure.subplots(1, len(bars), sharey=True, squeeze=False)[0]
+    for axes, (metric, values) in zip(panels, bars.items(), strict=True):
+        means, deviations = zip(*(values[name] for name in methods), strict=True)
+        axes.barh(places, means, xerr=deviations, capsize=3, color=[METHOD_COLORS[name] for name in methods])
+        for place, mean, deviation in zip(places, means, deviations, strict=True):
+            axes.annotate(
+                f"{mean:.3f}", (mean + deviation, place), (4, 0), textcoords="offset points", va="center", fontsize=8
+            )
+        axes.set_xlim(0, 1.22)
+        axes.set_xticks([0, 0.5, 1])
+        axes.set_title(metric, fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(places, [METHOD_NAMES[name] for name in methods], fontsize=9)
+    panels[0].invert_yaxis()
     return figure
 
 
@@ -100,19 +103,18 @@ def curves_figure(curves: Mapping[str, pd.DataFrame], base_accuracy: float) -> F
     Args:
         curves: method -> table with the columns seed, epoch, val_accuracy. base_accuracy: the base model's, 0..1.
     """
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
     axes = figure.subplots()
     axes.axhline(base_accuracy, color=METHOD_COLORS["base"], linestyle="--", label="base")
     for method, curve in curves.items():
         over_seeds = curve.groupby("epoch")["val_accuracy"].agg(["mean", "min", "max"])
-        label = METHOD_NAMES[method].replace("\n", " ")
-        axes.plot(over_seeds.index, over_seeds["mean"], color=METHOD_COLORS[method], label=label)
+        axes.plot(over_seeds.index, over_seeds["mean"], color=METHOD_COLORS[method], label=METHOD_NAMES[method])
         axes.fill_between(
             over_seeds.index, over_seeds["min"], over_seeds["max"], color=METHOD_COLORS[method], alpha=0.2, linewidth=0
         )
     axes.set_xlabel("epoch of alignment")
     axes.set_ylabel("validation accuracy")
-    axes.legend(fontsize=8, frameon=False)
+    figure.legend(fontsize=8, frameon=False, loc="outside right center")
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
