@@ -11,6 +11,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,17 +28,16 @@ from tests.pipeline.calls import KEY, project, running_server, write_data
 SAMPLES, LARGER, LATENCY_S, CONCURRENCY = 256, 300, 1.0, 32
 
 
-def stage() -> float:
-    """Seconds of the whole critique stage: reading, rendering, plan, calls, store, output."""
-    data, started = Path("data"), time.perf_counter()
+def stage() -> None:
+    """The whole critique stage: reading, rendering, plan, calls, store, output."""
+    data = Path("data")
     names = ("images.zarr", "samples.parquet", "segments.zarr", "attributions.zarr", "spurious_masks.zarr")
     critique(Path("params.yaml"), *(data / name for name in names), Path("prompts"), data / "critiques.jsonl")
-    return time.perf_counter() - started
 
 
-def plain_loop() -> float:
-    """Seconds of the peer: AsyncOpenAI with a semaphore over the same requests; no store, no retries, no budget."""
-    config, started = load_params(Path("params.yaml")).critique, time.perf_counter()
+def plain_loop() -> None:
+    """The peer: AsyncOpenAI with a semaphore over the same requests; no store, no retries, no budget."""
+    config = load_params(Path("params.yaml")).critique
     assert config.endpoint is not None
     calls = _calls(config)
 
@@ -54,7 +54,13 @@ def plain_loop() -> float:
             await asyncio.gather(*(one(call) for call in calls))
 
     asyncio.run(run())
-    return time.perf_counter() - started
+
+
+def measure(work: Callable[[], None]) -> tuple[float, float]:
+    """Seconds that pass, and seconds of this process on the CPU."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def _calls(config: Critique) -> list[Call]:
@@ -75,38 +81,40 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
-    times: dict[str, list[float]] = {"plain loop": [], "stage": [], "again": [], "larger": []}
+    times: dict[str, list[tuple[float, float]]] = {"plain loop": [], "stage": [], "again": [], "larger": []}
     with running_server() as server, tempfile.TemporaryDirectory() as folder:
         for n in range(rounds):
             here = project(Path(folder) / f"round{n}", server, SAMPLES, endpoint={"concurrency": CONCURRENCY})
             os.chdir(here)
             os.environ |= {"LVLMVA_STORE": str(here / "store"), "LVLMVA_TEST_API_KEY": KEY}
             server.set(latency_s=LATENCY_S)
-            times["plain loop"].append(plain_loop())
-            times["stage"].append(stage())
-            times["again"].append(stage())
+            times["plain loop"].append(measure(plain_loop))
+            times["stage"].append(measure(stage))
+            times["again"].append(measure(stage))
             write_data(here, LARGER)
             server.set(latency_s=LATENCY_S)
-            times["larger"].append(stage())
+            times["larger"].append(measure(stage))
             assert len(server.log()) == LARGER - SAMPLES
         os.chdir("/")
     least = SAMPLES * LATENCY_S / CONCURRENCY
-    rows = {
-        f"limit: {SAMPLES} x {LATENCY_S:g} s / {CONCURRENCY}": (least, "1.00"),
-        f"openai {version('openai')}, plain loop": _row(times["plain loop"], least),
-        "critique stage, empty store": _row(times["stage"], least),
-        "critique stage, everything in the store": _row(times["again"], least),
-        f"critique stage, N from {SAMPLES} to {LARGER}: {LARGER - SAMPLES} calls": _row(times["larger"], least),
+    names = {
+        f"openai {version('openai')}, plain loop": "plain loop",
+        "critique stage, empty store": "stage",
+        "critique stage, everything in the store": "again",
+        f"critique stage, N from {SAMPLES} to {LARGER}: {LARGER - SAMPLES} calls": "larger",
     }
-    lines = ["| | seconds (median) | of the limit |", "|---|---|---|"]
-    lines += [f"| {name} | {seconds:.1f} | {share} |" for name, (seconds, share) in rows.items()]
+    peer = statistics.median(wall for wall, _ in times["plain loop"])
+    lines = ["| | seconds | of the plain loop | CPU seconds |", "|---|---|---|---|"]
+    lines.append(f"| limit: {SAMPLES} x {LATENCY_S:g} s / {CONCURRENCY} | {least:.1f} | {least / peer:.2f} | |")
+    for name, key in names.items():
+        wall, cpu = (statistics.median(column) for column in zip(*times[key], strict=True))
+        lines.append(f"| {name} | {wall:.1f} | {wall / peer:.2f} | {cpu:.1f} |")
     sys.stdout.write("\n".join(lines) + "\n\n")
-    sys.stdout.write(f"{rounds} rounds; Python {platform.python_version()}, {os.cpu_count()} cores, {_cpu()}\n")
-
-
-def _row(seconds: list[float], least: float) -> tuple[float, str]:
-    middle = statistics.median(seconds)
-    return middle, f"{middle / least:.2f}"
+    load = os.getloadavg()[0]
+    sys.stdout.write(
+        f"Medians of {rounds} rounds; Python {platform.python_version()}, {os.cpu_count()} cores ({_cpu()}), "
+        f"load average {load:.1f} at the end.\n"
+    )
 
 
 def _cpu() -> str:
