@@ -277,7 +277,7 @@ def _machine(device: torch.device, threads: int) -> str:
         cpu = names[0] if names else cpu
     graphics = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
     return (
-        f"{os.cpu_count()} cores, {cpu}{graphics}; {threads} threads; Python {platform.python_version()}, "
+        f"{os.cpu_count()} cores, {cpu}{graphics}; {threads} thread(s); Python {platform.python_version()}, "
         f"torch {torch.__version__}."
     )
 
