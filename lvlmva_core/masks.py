@@ -1,7 +1,6 @@
 """Verdicts and segments to correction masks, with an expert's overrides (LVLM-VA §4.3, supplement A)."""
 
 import csv
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lvlmva_core.errors import InputError
+from lvlmva_core.lvlm.records import segmentation_digest
 
 NO_REGION = 255
 VERDICTS = ("yes", "no", "unsure")
@@ -41,12 +41,6 @@ def assemble_mask(segments: Tensor, verdicts: Mapping[int, str]) -> Tensor:
         if verdict == "no":
             mask |= segments == region
     return mask
-
-
-def segmentation_digest(segments: np.ndarray) -> str:
-    """sha256 (hex) of a label map, uint8 (H, W): overrides are tied to it, so that none lands on another region."""
-    array = np.ascontiguousarray(segments, dtype=np.uint8)
-    return hashlib.sha256(f"{array.shape}".encode() + array.tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)

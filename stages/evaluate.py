@@ -1,6 +1,5 @@
 """Stage evaluate: every model on the test split, and the verdicts against the true masks."""
 
-import json
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,6 +13,7 @@ from lvlmva_core.attribution import deep_lift_shap
 from lvlmva_core.baselines import SUPERVISION
 from lvlmva_core.config import Params, load_params
 from lvlmva_core.corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from lvlmva_core.lvlm.records import VERDICT_FIELDS, read_rows
 from lvlmva_core.metrics import (
     alignment_score,
     entropy_auroc,
@@ -229,7 +229,7 @@ def _verdicts(
     table: pd.DataFrame, spurious_masks: Path, attributions: Path, segments: Path, verdicts: Path
 ) -> dict[str, Any]:
     """Precision and recall of the verdicts under each overlap rule, over samples whose true mask is known."""
-    records = [json.loads(line) for line in verdicts.read_text(encoding="utf-8").splitlines()]
+    records = read_rows(verdicts, VERDICT_FIELDS)
     ids = list(read_attrs(segments)["ids"])
     place = {sample: row for row, sample in enumerate(ids)}
     label_maps, maps = read_array(segments, "segments"), read_array(attributions, "attributions")

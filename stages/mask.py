@@ -1,6 +1,5 @@
 """Stage mask: verdicts, segments and overrides to correction masks."""
 
-import json
 from pathlib import Path
 
 import typer
@@ -8,7 +7,8 @@ import typer
 from lvlmva_core.arrays import read_array, read_attrs, write_arrays, write_json
 from lvlmva_core.config import load_params
 from lvlmva_core.errors import InputError
-from lvlmva_core.masks import assemble_masks, read_overrides, segmentation_digest
+from lvlmva_core.lvlm.records import VERDICT_FIELDS, read_rows, segmentation_digest
+from lvlmva_core.masks import assemble_masks, read_overrides
 from stages.entry import run
 
 
@@ -19,24 +19,16 @@ def mask(params: Path, segments: Path, verdicts: Path, overrides: Path, out: Pat
     ids = list(attrs["ids"])
     digests = {sample: segmentation_digest(label_map) for sample, label_map in zip(ids, label_maps, strict=True)}
     given, failures, judges = {}, {}, set()
-    for number, line in enumerate(verdicts.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            record = json.loads(line)
-            sample, failure = record["sample"], record["failure"]
-            regions = {entry["region"]: entry["verdict"] for entry in record["verdicts"]}
-            judges.add((record["critic"], record["judge"]))
-        except (ValueError, KeyError, TypeError) as error:
+    for row in read_rows(verdicts, VERDICT_FIELDS):
+        judges.add((row["critic"], row["judge"]))
+        if row["failure"] is not None:
+            failures[row["sample"]] = row["failure"]
+            continue
+        if row["segmentation"] != digests.get(row["sample"]):
             raise InputError(
-                f"{verdicts}, line {number}: not a verdict record ({error}); rerun `dvc repro judge`"
-            ) from error
-        if failure is None and record["segmentation"] != digests.get(sample):
-            raise InputError(
-                f"{verdicts}, line {number}: verdicts for another segmentation; rerun `dvc repro critique`"
+                f"{verdicts}: the verdicts of '{row['sample']}' are of another segmentation; run `dvc repro critique`"
             )
-        if failure is None:
-            given[sample] = regions
-        else:
-            failures[sample] = failure
+        given[row["sample"]] = {entry["region"]: entry["verdict"] for entry in row["verdicts"]}
     no_region = {s: status for s, status in zip(ids, attrs["status"], strict=True) if status != "ok" and s not in given}
     result = assemble_masks(ids, label_maps, given, {**no_region, **failures}, read_overrides(overrides))
     for override in result.stale:

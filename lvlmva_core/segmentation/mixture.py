@@ -76,8 +76,8 @@ def fit_weighted_gmm(
     are fitted together, and the kernels' choice of summation order may depend on the batch.
 
     Args:
-        weights: (B, H, W), finite and >= 0. float32 or float64 is the precision of the responsibilities; sums over
-            pixels are taken in float64 in either case.
+        weights: (B, H, W), finite and >= 0; denormal numbers count as 0. float32 or float64 is the precision of the
+            responsibilities; sums over pixels are taken in float64 in either case.
         n_components: J, 1 to 254.
         seed: of the starts.
         init: (weights (B, J), means (B, J, 2), covariances (B, J, 2, 2)) as in the result, to run plain EM at full

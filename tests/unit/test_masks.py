@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from lvlmva_core.errors import InputError
+from lvlmva_core.lvlm.records import segmentation_digest
 from lvlmva_core.masks import (
     Override,
     assemble_mask,
     assemble_masks,
     random_masks_like,
     read_overrides,
-    segmentation_digest,
 )
 
 SEGMENTS = np.array([[0, 0, 1], [2, 1, 255]], dtype=np.uint8)
