@@ -194,6 +194,8 @@ class _Recorder(TorchDispatchMode):
             out = func(*args, **kwargs)
             if out.shape != followed[0].shape:
                 raise refuse(node, "changes the shape")
+            if functional is torch.ops.aten.as_strided.default and out.stride() != followed[0].stride():
+                raise refuse(node, "reads the elements in another order; use permute or transpose")
             self.values[args[0] if in_place else out] = self.values[followed[0]]
             return out
         if in_place:

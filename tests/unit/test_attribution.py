@@ -429,6 +429,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "some_samples": (lambda t: torch.cat([t[:1], t[1:]]), "first dimension"),
     "write_into_a_constant": (write_into_a_constant, "depends on the input into a tensor|aten"),
     "stale_view": (stale_view, "in place through another view"),
+    "strides": (lambda t: t.contiguous().as_strided(t.shape, (144, 36, 1, 6)), "another order"),
     "cast": (lambda t: t.half().to(t.dtype), "dtype"),
     "noise": (lambda t: t * torch.rand(4, 6, 6, dtype=t.dtype), "at random|random draws"),
     "dropout_that_is_on": (lambda t: functional.dropout(t, 0.5, training=True), "aten"),
