@@ -2,7 +2,9 @@
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from lvlmva_core.arrays import read_json
 from stages.entry import run
@@ -61,13 +63,52 @@ def before_and_after(content: dict[str, Any]) -> tuple[list[str], list[list[str]
     return columns, rows
 
 
-def results(evaluation: Path = Path("metrics/evaluate.json")) -> None:
+def significance(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Column names and rows of LVLM-VA's difference to every other method, with its p values."""
+    columns = [
+        "LVLM-VA minus",
+        "ΔWGA",
+        "p two-sided",
+        "p one-sided",
+        "ΔAGA",
+        "p two-sided",
+        "Δ accuracy",
+        "p two-sided",
+    ]
+    tests = content["tests"].get("lvlm_va", {})
+    rows = []
+    for other, name in NAMES.items():
+        if other not in tests.get("wga", {}):
+            continue
+        row = [name]
+        for metric in ("wga", "aga", "accuracy"):
+            found = tests[metric][other]
+            row += [
+                f"{found['difference']['mean']:+.3f} ± {found['difference']['std']:.3f}",
+                f"{found['p_two_sided']:.3f}",
+            ]
+            row += [f"{found['p_greater']:.3f}"] if metric == "wga" else []
+        rows.append(row)
+    return columns, rows
+
+
+def results(
+    evaluation: Path = Path("metrics/evaluate.json"),
+    markdown: Annotated[bool, typer.Option("--markdown", help="as Markdown, with supervision and p values")] = False,
+) -> None:
     """Print the table of methods before and after alignment."""
     from rich.console import Console
     from rich.table import Table
 
     content = read_json(evaluation)
     columns, rows = before_and_after(content)
+    if markdown:
+        supervision = {NAMES[method]: need for method, need in content["supervision"].items() if method in NAMES}
+        rows = [[row[0], supervision[row[0]], *row[1:]] for row in rows]
+        typer.echo(f"{judged_by(content)}\n")
+        typer.echo(_markdown(["method", "supervision beside class labels", *columns[1:]], rows))
+        typer.echo(_markdown(*significance(content)))
+        return
     table = Table(title="Before and after, test split", caption=judged_by(content))
     for column in columns:
         table.add_column(column)
@@ -75,6 +116,11 @@ def results(evaluation: Path = Path("metrics/evaluate.json")) -> None:
         table.add_row(*row)
     # a pipe has no width of its own: wide enough for the table
     Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def _markdown(columns: list[str], rows: list[list[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def _named(name: str) -> str:
