@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
@@ -94,9 +94,9 @@ def significance(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def results(
     evaluation: Path = Path("metrics/evaluate.json"),
-    markdown: Annotated[bool, typer.Option("--markdown", help="as Markdown, with supervision and p values")] = False,
+    markdown: bool = False,
 ) -> None:
-    """Print the table of methods before and after alignment."""
+    """Print the table of methods before and after alignment; with --markdown also supervision and p values."""
     from rich.console import Console
     from rich.table import Table
 
