@@ -1,3 +1,5 @@
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,3 +12,12 @@ def data_root() -> Path:
     folder = data_folder()
     assert folder is not None
     return folder
+
+
+@pytest.fixture(autouse=True)
+def torch_as_it_was() -> Iterator[None]:
+    """Undo what `set_up_compute` does to the process: other libraries notice flushed denormals."""
+    yield
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_flush_denormal(False)
+        torch.use_deterministic_algorithms(False)

@@ -13,6 +13,13 @@ ROOT = Path(__file__).parents[2]
 QUICK: Mapping[str, Any] = {
     "compute.threads": 1,
     "train.epochs": 4,
+    "baseline.subg.epochs": 1,
+    "baseline.subg.seeds": [0],
+    "baseline.dfr.n_refits": 2,
+    "baseline.dfr.seeds": [0],
+    "baseline.jtt.first_epochs": [1],
+    "baseline.jtt.epochs": 1,
+    "baseline.jtt.seeds": [0],
     "rank.n_samples": 24,
     "align.epochs": 1,
     "align.seeds": [0],

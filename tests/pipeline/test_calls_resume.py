@@ -48,7 +48,7 @@ def test_256_calls_ended_at_200_go_on_where_they_stopped(
     tmp_path: Path, server: Server, ending: signal.Signals, code: int
 ) -> None:
     here, store = project(tmp_path / "p", server, 256, endpoint={"concurrency": CONCURRENCY}), tmp_path / "store"
-    server.set(latency_s=0.2)
+    server.set(faults=[None] * 216 + ["hang:60"] * CONCURRENCY)  # so that it cannot finish before it is ended
     process = start(here, CRITIQUE, environment(store))
     while _bought(store) < 200:
         assert process.poll() is None, process.communicate()[0]

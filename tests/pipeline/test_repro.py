@@ -14,6 +14,7 @@ from tests.pipeline.project import Project
 
 CHAIN = ["prepare", "train", "rank", "attribute", "segment", "critique", "judge", "mask", "align"]
 OTHERS = ["baseline@rrr_gt", "control@lambda_zero", "control@random_masks"]
+OTHERS += ["retrain@subg", "retrain@dfr", "retrain@jtt"]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def test_a_new_lambda_reruns_align_evaluate_and_report_only(
     project.set_params({"align.rrr_lambda": 2.0})
     assert project.repro() == ["align", "evaluate", "report"]
     difference = json.loads(project.run("dvc", "metrics", "diff", "--json").stdout)
-    changed = [key for key in difference["diff"]["metrics/evaluate.json"] if key.startswith("methods.")]
+    changed = [key for key in difference["metrics/evaluate.json"] if key.startswith("methods.")]
     assert changed
     assert all(key.startswith("methods.lvlm_va.") for key in changed)
 
@@ -89,7 +90,7 @@ def test_killed_at_any_moment_and_repeated_the_bytes_are_the_same(
     finished: tuple[Project, list[str]], tmp_path: Path
 ) -> None:
     project = Project(tmp_path / "killed")
-    for seconds in (4.0, 11.0, 17.0, 9.0):
+    for seconds in (5.0, 14.0, 9.0):
         process = subprocess.Popen(
             ["dvc", "repro"],
             cwd=project.folder,
@@ -132,6 +133,7 @@ def test_a_users_mistake_is_one_line_and_destroys_nothing(
 def test_damaged_files_are_named(finished: tuple[Project, list[str]], tmp_path: Path) -> None:
     project = _copy(finished[0], tmp_path)
     checkpoint = project.folder / "models/base.safetensors"
+    content = checkpoint.read_bytes()
     checkpoint.unlink()  # a link into DVC's cache, perhaps
     checkpoint.write_bytes(b"damaged")
     command = (
@@ -142,6 +144,7 @@ def test_damaged_files_are_named(finished: tuple[Project, list[str]], tmp_path: 
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert done.stderr.startswith("error: rank: models/base.safetensors: damaged checkpoint")
+    checkpoint.write_bytes(content)
     shutil.rmtree(project.folder / "data/images.zarr/images")
     done = project.run(*command.split(), check=False)
     assert "Traceback" not in done.stderr
