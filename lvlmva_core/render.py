@@ -72,12 +72,11 @@ def render_overlay(
     rgb = _as_rgb(image)
     if rgb.shape[:2] != segments.shape:
         raise ValueError(f"image {rgb.shape[:2]} and segments {segments.shape} must have the same height and width")
-    large = enlarge(_checked(segments, n_regions))
-    grey = enlarge(rgb).astype(np.float64) @ np.array([0.299, 0.587, 0.114])
-    inside = (large != NO_REGION)[..., None]
-    mixed = (1 - opacity) * grey[..., None] + opacity * _colours(large)
-    blended = np.where(inside, mixed, grey[..., None])
-    return _draw_outlines(np.rint(blended).astype(np.uint8), large)
+    grey = rgb.astype(np.float64) @ np.array([0.299, 0.587, 0.114])
+    inside = (_checked(segments, n_regions) != NO_REGION)[..., None]
+    mixed = (1 - opacity) * grey[..., None] + opacity * _colours(segments)
+    blended = np.rint(np.where(inside, mixed, grey[..., None])).astype(np.uint8)
+    return _draw_outlines(enlarge(blended), enlarge(segments))  # blended small: the same pixels for less work
 
 
 def to_png(picture: np.ndarray) -> bytes:
