@@ -43,14 +43,14 @@ def _fit(rows: torch.Tensor | None, epochs: int = 60) -> nn.Module:
     images, labels, _ = _planted(TRAIN, 0)
     model = build_model(SPEC, 0)
     train_classifier(
-        model, images, labels, images, labels, learning_rate=3e-3, batch_size=32, epochs=epochs, seed=0, rows=rows
+        model, images, labels, images, labels, learning_rate=1e-2, batch_size=32, epochs=epochs, seed=0, rows=rows
     )
     return model
 
 
 @pytest.fixture(scope="module")
 def base() -> nn.Module:
-    return _fit(None, 20)
+    return _fit(None, 6)
 
 
 def test_subg_leaves_every_group_as_large_as_the_smallest() -> None:
@@ -68,9 +68,9 @@ def test_a_base_model_follows_the_planted_shortcut_and_each_method_mends_it(base
     images, labels, groups = _planted(TRAIN, 0)
     before = _worst_group(base)
     assert before < 0.5
-    subg = _worst_group(_fit(balanced_rows(groups, 0), epochs=300))
-    errors = error_rows(_fit(None, 6), images, labels)
-    jtt = _worst_group(_fit(upweighted_rows(len(images), errors, 20), epochs=40))
+    subg = _worst_group(_fit(balanced_rows(groups, 0), epochs=80))
+    errors = error_rows(_fit(None, 2), images, labels)
+    jtt = _worst_group(_fit(upweighted_rows(len(images), errors, 20), epochs=12))
     assert subg > before + 0.3
     assert jtt > before + 0.3
 
