@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import urllib.request
@@ -158,7 +159,9 @@ def environment(store: Path | None, **more: str) -> dict[str, str]:
 
 
 def start(folder: Path, command: str, variables: dict[str, str]) -> subprocess.Popen[str]:
-    """Start a stage as a process."""
+    """Start a stage as a process, one that Ctrl-C ends even where the tests run in the background of a shell."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # which a process hands down to those that it starts
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     return subprocess.Popen(
         [sys.executable, "-m", *command.split()],
         cwd=folder,
