@@ -18,7 +18,7 @@ from lvlmva_core.store import Store, digest
 from lvlmva_core.training import set_up_compute
 from stages.data import sample_tensors
 from stages.entry import run
-from stages.hydrate import committed_versions, open_store
+from stages.hydrate import absent_rows, all_rows, open_store
 
 KIND = "attributions"
 CHUNK = 16  # samples that are explained before they are put into the store: what a killed run loses at most
@@ -60,10 +60,7 @@ def attribute(
     ]
 
     store = open_store()
-    if any(store.get_arrays(KIND, key) is None for key in keys):
-        for version in committed_versions(str(out), store):
-            _take_in(version, store)
-    absent = [n for n, key in enumerate(keys) if store.get_arrays(KIND, key) is None]
+    absent = absent_rows(store, KIND, keys, str(out), _take_in)
     sys.stderr.write(f"attribute: {len(ids) - len(absent)} maps are there, {len(absent)} to compute\n")
     for first in track(range(0, len(absent), CHUNK), "attribute"):
         rows = absent[first : first + CHUNK]
@@ -76,13 +73,10 @@ def attribute(
                 KIND, keys[n], {"attribution": maps[place], "completeness_error": errors[place : place + 1]}
             )
 
-    records = [store.get_arrays(KIND, key) for key in keys]
-    whole = [record for record in records if record is not None]
-    if len(whole) < len(ids):
-        raise InputError(f"{store.root}: {len(ids) - len(whole)} maps were damaged meanwhile; run again")
+    records = all_rows(store, KIND, keys)
     arrays = {
-        "attributions": np.stack([record["attribution"] for record in whole]),
-        "completeness_error": np.concatenate([record["completeness_error"] for record in whole]),
+        "attributions": np.stack([record["attribution"] for record in records]),
+        "completeness_error": np.concatenate([record["completeness_error"] for record in records]),
     }
     if method.complete:
         _check_completeness(config, ids, arrays["completeness_error"])

@@ -16,7 +16,7 @@ from lvlmva_core.segmentation.methods import SEGMENTERS
 from lvlmva_core.store import Store, digest
 from lvlmva_core.training import set_up_compute
 from stages.entry import run
-from stages.hydrate import committed_versions, open_store
+from stages.hydrate import absent_rows, all_rows, open_store
 
 KIND = "segmentations"
 CHUNK = 64  # samples that are segmented before they are put into the store: what a killed run loses at most
@@ -42,10 +42,7 @@ def segment(params: Path, attributions: Path, images: Path, samples: Path, out: 
     ]
 
     store = open_store()
-    if any(store.get_arrays(KIND, key) is None for key in keys):
-        for version in committed_versions(str(out), store):
-            take_in(version, store)
-    absent = [n for n, key in enumerate(keys) if store.get_arrays(KIND, key) is None]
+    absent = absent_rows(store, KIND, keys, str(out), take_in)
     sys.stderr.write(f"segment: {len(ids) - len(absent)} segmentations are there, {len(absent)} to compute\n")
     for first in track(range(0, len(absent), CHUNK), "segment"):
         rows = np.array(absent[first : first + CHUNK])
@@ -55,11 +52,8 @@ def segment(params: Path, attributions: Path, images: Path, samples: Path, out: 
         for place, n in enumerate(rows):
             store.put_arrays(KIND, keys[n], {name: array[place] for name, array in found.items()})
 
-    records = [store.get_arrays(KIND, key) for key in keys]
-    whole = [record for record in records if record is not None]
-    if len(whole) < len(ids):
-        raise InputError(f"{store.root}: {len(ids) - len(whole)} segmentations were damaged meanwhile; run again")
-    arrays = {name: np.stack([record[name] for record in whole]) for name in sorted(whole[0])}
+    records = all_rows(store, KIND, keys)
+    arrays = {name: np.stack([record[name] for record in records]) for name in sorted(records[0])}
     status = [str(state) for state in arrays.pop("status")]
     attrs = {
         "ids": ids,

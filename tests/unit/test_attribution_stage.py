@@ -19,6 +19,7 @@ from lvlmva_core.samples import to_unit_range
 from lvlmva_core.segmentation import fit_weighted_gmm
 from lvlmva_core.store import Store
 from stages import attribute as stage
+from stages import hydrate
 
 SPEC = ModelSpec("mlp", 2, 5, 5, 3, 16)
 N_BASELINES = 4
@@ -173,7 +174,7 @@ def test_maps_come_back_from_a_committed_output(
     workspace.run([4, 5, 6])
     first, committed = bytes_of(workspace.out), workspace.out.rename(workspace.folder / "committed.zarr")
     monkeypatch.setenv("LVLMVA_STORE", str(workspace.folder / "other"))
-    monkeypatch.setattr(stage, "committed_versions", lambda out, store: iter([committed]))
+    monkeypatch.setattr(hydrate, "committed_versions", lambda out, store: iter([committed]))
     capsys.readouterr()
     workspace.run([4, 5, 6])
     assert "3 maps are there, 0 to compute" in capsys.readouterr().err
