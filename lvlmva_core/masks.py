@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lvlmva_core.errors import InputError
 from lvlmva_core.lvlm.records import segmentation_digest
+from lvlmva_core.overlap import NO_REGION
 
-NO_REGION = 255
 VERDICTS = ("yes", "no", "unsure")
 OVERRIDE_COLUMNS = ["sample", "segmentation", "region", "verdict"]
 

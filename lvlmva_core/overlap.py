@@ -5,7 +5,7 @@ from typing import Literal, get_args
 import numpy as np
 
 Overlap = Literal["any", "half_of_feature", "majority_of_attribution"]
-NO_REGION = 255
+NO_REGION = 255  # label of a pixel that belongs to no region, in every label map
 
 
 def overlaps(segments: np.ndarray, spurious_mask: np.ndarray, attribution: np.ndarray, rule: str) -> dict[int, bool]:

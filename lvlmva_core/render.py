@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from lvlmva_core.config import PALETTE_SIZE
+from lvlmva_core.overlap import NO_REGION
 
-NO_REGION = 255
 SMALLEST_SIDE = 224  # pixels; what is smaller is enlarged before it is shown
 
 

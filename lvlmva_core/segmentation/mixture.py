@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from lvlmva_core.errors import InputError
+from lvlmva_core.overlap import NO_REGION
 from lvlmva_core.segmentation import em
 
 METHOD_VERSION = 1  # to be raised with any change that can move a pixel to another region
 
-NO_REGION = 255  # label of every pixel of a map without weight
 COARSEST = 14  # cells: grids are halved while their longer side has more
 CELLS_PER_COMPONENT = 8  # starts are compared on the coarsest grid that has this many cells with weight per component
 CONTESTS = (  # grids above the coarsest, starts that remain, EM steps before they are chosen
