@@ -11,6 +11,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from lvlmva_core import efficientnet_lite
 from lvlmva_core.errors import InputError
 
 FORMAT = 1
@@ -59,6 +60,8 @@ def load_weights(model: nn.Module, spec: ModelSpec, weights: str) -> None:
     """
     trained = _read_weights(spec, weights)
     target = model.net if isinstance(model, Normalised) else model
+    if isinstance(target, efficientnet_lite.EfficientNetLite0):
+        trained = efficientnet_lite.from_published(trained)
     expected = target.state_dict()
     prefix = "net."  # of checkpoints that were written here
     if trained and all(name.startswith(prefix) or name in ("mean", "std") for name in trained):
@@ -230,6 +233,14 @@ def _small_resnet(spec: ModelSpec) -> nn.Module:
     return Normalised(net, (0.5,) * spec.channels, (0.25,) * spec.channels)
 
 
+def _efficientnet_lite0(spec: ModelSpec) -> nn.Module:
+    """EfficientNet-Lite0, for one or three channels, on the normalisation of its published weights."""
+    _check_channels(spec)
+    return Normalised(
+        efficientnet_lite.EfficientNetLite0(spec.n_classes), efficientnet_lite.MEAN, efficientnet_lite.STD
+    )
+
+
 def _torchvision_model(spec: ModelSpec) -> nn.Module:
     """One of torchvision's classifiers, for one or three channels, on ImageNet's normalisation."""
     from torchvision import models
@@ -241,12 +252,16 @@ def _torchvision_model(spec: ModelSpec) -> nn.Module:
         )
     if spec.name in ("googlenet", "inception_v3"):
         raise InputError(f"train.model: '{spec.name}' has outputs beside its logits; use another, such as resnet50")
+    _check_channels(spec)
+    net = models.get_model(spec.name, weights=None, num_classes=spec.n_classes)
+    return Normalised(net, IMAGENET_MEAN, IMAGENET_STD)
+
+
+def _check_channels(spec: ModelSpec) -> None:
     if spec.channels not in (1, 3):
         raise InputError(
             f"train.model: '{spec.name}' takes 1 or 3 channels, the data has {spec.channels}; use small_resnet"
         )
-    net = models.get_model(spec.name, weights=None, num_classes=spec.n_classes)
-    return Normalised(net, IMAGENET_MEAN, IMAGENET_STD)
 
 
 def _read_weights(spec: ModelSpec, weights: str) -> dict[str, Tensor]:
@@ -296,4 +311,6 @@ def _one_line(error: BaseException) -> str:
 
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what torchvision's weights expect
-BUILDERS: Mapping[str, Callable[[ModelSpec], nn.Module]] = MappingProxyType({"mlp": Mlp, "small_resnet": _small_resnet})
+BUILDERS: Mapping[str, Callable[[ModelSpec], nn.Module]] = MappingProxyType(
+    {"mlp": Mlp, "small_resnet": _small_resnet, "efficientnet_lite0": _efficientnet_lite0}
+)

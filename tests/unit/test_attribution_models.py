@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lvlmva_core.attribution import UnsupportedOperationError, deep_lift_shap, explain, gradient
 from lvlmva_core.attribution.testing import TOLERANCE, assert_close
+from lvlmva_core.efficientnet_lite import EfficientNetLite0
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -33,11 +34,15 @@ def digits(count: int, side: int) -> tuple[Tensor, Tensor]:
 
 
 def settled(name: str, side: int) -> nn.Module:
-    """A torchvision model with drawn weights, and BatchNorm statistics of the digits, as after training."""
+    """A model with drawn weights, and BatchNorm statistics of the digits, as after training."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # googlenet's initialisation
         torch.manual_seed(0)
-        model: nn.Module = getattr(torchvision.models, name)(weights=None, num_classes=10)
+        model: nn.Module = (
+            EfficientNetLite0(10)
+            if name == "efficientnet_lite0"
+            else getattr(torchvision.models, name)(weights=None, num_classes=10)
+        )
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = None  # the mean over all that is seen
@@ -60,6 +65,7 @@ def settled(name: str, side: int) -> nn.Module:
         ("mobilenet_v2", 64),
         ("mobilenet_v3_large", 64),
         ("efficientnet_b0", 64),
+        ("efficientnet_lite0", 64),
         ("convnext_tiny", 64),
         ("regnet_y_400mf", 64),
         ("shufflenet_v2_x0_5", 64),
@@ -67,7 +73,7 @@ def settled(name: str, side: int) -> nn.Module:
         ("googlenet", 64),
     ],
 )
-def test_torchvision_models_add_up(name: str, side: int) -> None:
+def test_models_add_up(name: str, side: int) -> None:
     """Local accuracy of 1e-6 of the absolute sum in float32 and 1e-12 in float64."""
     model = settled(name, side)
     images = digits(12, side)[0]

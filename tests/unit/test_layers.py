@@ -9,7 +9,7 @@ from tests.unit.test_dvc_yaml import ROOT, _imports
 LAYERS = [
     ["errors", "progress", "arrays", "config", "store"],
     ["datasets", "samples", "corruptions"],
-    ["models", "training", "resume"],
+    ["models", "efficientnet_lite", "training", "resume"],
     ["ranking"],
     ["attribution"],
     ["segmentation", "render", "overlap"],

@@ -1,8 +1,10 @@
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 
+from lvlmva_core.efficientnet_lite import SameConv2d
 from lvlmva_core.errors import InputError
 from lvlmva_core.models import (
     ModelSpec,
@@ -74,7 +76,9 @@ def test_a_bad_checkpoint_is_named(tmp_path: Path) -> None:
 
 
 def test_unknown_names_and_devices_are_refused() -> None:
-    with pytest.raises(InputError, match="no model 'vit'; known: mlp, small_resnet, and torchvision's"):
+    with pytest.raises(
+        InputError, match="no model 'vit'; known: mlp, small_resnet, efficientnet_lite0, and torchvision's"
+    ):
         build_model(ModelSpec("vit", 1, 6, 5, 3, 7), 0)
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="no CUDA device for 'cuda'"):
@@ -99,7 +103,7 @@ def test_training_learns_what_can_be_learned_and_repeats_itself() -> None:
     assert accuracy(model, images, labels) == curve["val_accuracy"].iloc[-1] > 0.9
 
 
-@pytest.mark.parametrize("name", ["mlp", "small_resnet", "resnet18"])
+@pytest.mark.parametrize("name", ["mlp", "small_resnet", "efficientnet_lite0", "resnet18"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_model_comes_back_from_its_checkpoint_and_ends_in_its_last_layer(
     name: str, channels: int, tmp_path: Path
@@ -137,6 +141,46 @@ def test_the_small_resnet_is_residual() -> None:
     torch.nn.init.zeros_(block.conv2.weight)
     torch.testing.assert_close(block(features), features.clamp(min=0))
     assert sum(isinstance(module, torch.nn.ReLU) for module in model.modules()) == 7  # none is used twice
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_efficientnet_lite0_is_the_published_network(channels: int, tmp_path: Path) -> None:
+    """Against the port whose names the published weights have, with all its weights drawn, through a file of them."""
+    from efficientnet_lite_pytorch import EfficientNet
+
+    peer = EfficientNet.from_name("efficientnet-lite0").eval()
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in peer.state_dict().items():
+        if tensor.ndim == 1:  # norms and biases, which start at 0 and 1
+            tensor.add_(torch.rand(tensor.shape, generator=generator), alpha=0.1 if "running" not in name else 1.0)
+    torch.save(peer.state_dict(), tmp_path / "published.pth")
+    spec = ModelSpec("efficientnet_lite0", channels, 96, 96, n_classes=1000, hidden=1)
+    ours = build_model(spec, seed=0).eval()
+    load_weights(ours, spec, str(tmp_path / "published.pth"))
+    assert sum(parameter.numel() for parameter in ours.parameters()) == 4_652_008
+    images = torch.rand((2, channels, 96, 96), generator=generator)
+    with torch.no_grad():
+        expected = peer((images.expand(-1, 3, -1, -1) - 127 / 255) / (128 / 255))
+        torch.testing.assert_close(ours(images), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 10), (9, 6)])
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_same_convolutions_pad_the_extra_row_at_the_end(size: tuple[int, int], kernel: int, stride: int) -> None:
+    """By a loop over the windows of TensorFlow's rule: output o starts at o * stride - (total padding // 2)."""
+    generator = torch.Generator().manual_seed(0)
+    conv = SameConv2d(2, 3, kernel, stride)
+    image = torch.rand((1, 2, *size), generator=generator)
+    outputs = [-(-n // stride) for n in size]
+    first = [max((out - 1) * stride + kernel - n, 0) // 2 for out, n in zip(outputs, size, strict=True)]
+    expected = torch.zeros((1, 3, *outputs))
+    for row, column in product(range(outputs[0]), range(outputs[1])):
+        for i, j in product(range(kernel), range(kernel)):
+            u, v = row * stride - first[0] + i, column * stride - first[1] + j
+            if 0 <= u < size[0] and 0 <= v < size[1]:
+                expected[0, :, row, column] += conv.weight[:, :, i, j].detach() @ image[0, :, u, v]
+    torch.testing.assert_close(conv(image).detach(), expected)
 
 
 @pytest.mark.parametrize("ending", [".pt", ".safetensors"])
