@@ -90,6 +90,13 @@ def read_attrs(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: not a readable zarr group; {_REPAIR}") from error
 
 
+def has_array(path: Path, name: str) -> bool:
+    """Whether a group that `write_arrays` wrote has an array of that name."""
+    import zarr
+
+    return name in zarr.open_group(str(path), mode="r")
+
+
 def write_table(path: Path, table: pd.DataFrame) -> None:
     """Write a table as parquet, without an index, byte for byte the same for the same table."""
     path.parent.mkdir(parents=True, exist_ok=True)

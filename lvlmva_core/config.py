@@ -31,18 +31,25 @@ class Compute(Section):
 
 
 class Knee(Section):
-    """How many knees a class, and on which share of the training knees a lead marker stands."""
+    """How many knees a class, and on which share of the training knees a lead marker stands.
+
+    val_groups: balanced, or as_training: with the shares of the training split.
+    """
 
     train_per_class: Count
     val_per_class: Count
     test_per_class: Count
     tag_share_healthy: Share
     tag_share_arthritic: Share
+    val_groups: Literal["balanced", "as_training"] = "balanced"
     negatives: Literal["leave_out", "invert"]
 
 
 class Skin(Section):
-    """How many lesions a class, which bandages, and on which share of the training pictures they lie."""
+    """How many lesions a class, which bandages, and on which share of the training pictures they lie.
+
+    val_groups: balanced, or as_training: with the shares of the training split.
+    """
 
     train_per_class: Count
     val_per_class: Count
@@ -50,6 +57,7 @@ class Skin(Section):
     bandages: Literal["real", "pasted"]
     bandage_share_benign: Share
     bandage_share_malignant: Share
+    val_groups: Literal["balanced", "as_training"] = "balanced"
 
     @model_validator(mode="after")
     def _real_bandages_are_on_benign_lesions(self) -> "Skin":
@@ -184,6 +192,7 @@ class Critique(Section):
     prompts: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
     name_spurious_feature: bool
     max_failed_share: Share
+    oracle_rejects: Literal["spurious_feature", "off_object"] = "spurious_feature"
     overlap: Annotated[str, Field(pattern=r"^(any|half_of_feature|majority_of_attribution)$")]
     false_positive_rate: Share
     false_negative_rate: Share

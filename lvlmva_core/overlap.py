@@ -5,6 +5,7 @@ from typing import Literal, get_args
 import numpy as np
 
 Overlap = Literal["any", "half_of_feature", "majority_of_attribution"]
+ON_OBJECT: Overlap = "majority_of_attribution"  # the rule by which a region lies on the object that a class is about
 NO_REGION = 255  # label of a pixel that belongs to no region, in every label map
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lvlmva_core.arrays import read_array, read_attrs, read_table
+from lvlmva_core.arrays import has_array, read_array, read_attrs, read_table
 from lvlmva_core.errors import InputError
 
 COLUMNS = ["id", "split", "label", "spurious", "group", "source", "sha256"]
@@ -60,6 +60,11 @@ def read_spurious_masks(path: Path, rows: np.ndarray) -> tuple[np.ndarray, np.nd
         (masks, known): bool (N, H, W), True where the spurious feature lies; bool (N,), False where nobody knows.
     """
     return read_array(path, "spurious_masks", rows), read_array(path, "known", rows)
+
+
+def read_object_masks(path: Path, rows: np.ndarray) -> np.ndarray | None:
+    """Read the masks of the object that a class is about, by row: bool (N, H, W); None where the data set has none."""
+    return read_array(path, "object_masks", rows) if has_array(path, "object_masks") else None
 
 
 def read_class_names(path: Path) -> list[str]:

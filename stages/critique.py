@@ -15,8 +15,16 @@ from lvlmva_core.lvlm.critic import critic_call
 from lvlmva_core.lvlm.offline import criticise_by_oracle, criticise_by_rules
 from lvlmva_core.lvlm.prompts import load_critic_prompts
 from lvlmva_core.lvlm.records import Row, segmentation_digest, write_rows
+from lvlmva_core.overlap import ON_OBJECT
 from lvlmva_core.render import COLOUR_NAMES, regions_present
-from lvlmva_core.samples import read_class_names, read_images, read_samples, read_spurious_masks, rows_of_ids
+from lvlmva_core.samples import (
+    read_class_names,
+    read_images,
+    read_object_masks,
+    read_samples,
+    read_spurious_masks,
+    rows_of_ids,
+)
 from stages.ask import ask_all
 from stages.entry import run
 
@@ -95,8 +103,17 @@ def _ask_oracle(
     if not known.all():
         sample = ids[int(np.flatnonzero(~known)[0])]
         raise InputError(f"critique.critic 'oracle' needs the true mask of '{sample}', which is unknown; use another")
+    objects = None
+    if config.oracle_rejects == "off_object":
+        objects = read_object_masks(spurious_masks, places)
+        if objects is None:
+            raise InputError(
+                "critique.oracle_rejects 'off_object' needs masks of the object, which this data set does not have; "
+                "set it to spurious_feature"
+            )
     settings = {
-        "overlap": config.overlap,
+        "rejects": config.oracle_rejects,
+        "overlap": config.overlap if objects is None else ON_OBJECT,
         "false_positive_rate": config.false_positive_rate,
         "false_negative_rate": config.false_negative_rate,
         "seed": config.seed,
@@ -113,6 +130,7 @@ def _ask_oracle(
             false_positive_rate=config.false_positive_rate,
             false_negative_rate=config.false_negative_rate,
             seed=config.seed,
+            object_mask=None if objects is None else objects[place],
         )
 
 

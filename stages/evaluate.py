@@ -23,11 +23,11 @@ from lvlmva_core.metrics import (
     wilcoxon_test,
 )
 from lvlmva_core.models import load_checkpoint, penultimate_features, predict_logits
-from lvlmva_core.overlap import Overlap, overlaps
+from lvlmva_core.overlap import ON_OBJECT, Overlap, overlaps
 from lvlmva_core.ranking import output_entropy
 from lvlmva_core.report.diagnostics import embeddings_figure, entropy_figure
 from lvlmva_core.report.figures import save_figure
-from lvlmva_core.samples import read_class_names, read_samples, read_spurious_masks, rows_of_ids
+from lvlmva_core.samples import read_class_names, read_object_masks, read_samples, read_spurious_masks, rows_of_ids
 from lvlmva_core.training import set_up_compute
 from stages.data import sample_tensors, split_tensors
 from stages.entry import run
@@ -253,6 +253,16 @@ def _verdicts(
                 judged.append(entry["verdict"] == "no")
                 truth.append(overlapping[entry["region"]])
         summary[f"overlap_{rule}"] = verdict_quality(judged, truth)
+    objects = read_object_masks(spurious_masks, rows_of_ids(table, ids))
+    if objects is not None:  # the other question that a critic may have been asked: what lies on the object?
+        judged, truth = [], []
+        for record in records:
+            row = place[record["sample"]]
+            on_object = overlaps(label_maps[row], objects[row], maps[row], ON_OBJECT)
+            for entry in record["verdicts"] if record["failure"] is None else []:
+                judged.append(entry["verdict"] == "no")
+                truth.append(not on_object[entry["region"]])
+        summary["off_object"] = verdict_quality(judged, truth)
     return summary
 
 

@@ -28,7 +28,8 @@ def knee(root: Path, config: Knee, size: int, seed: int) -> Dataset:
     `root` is a folder or tar archive with `<split>/<grade>/<patient><side>.png`, as the public set has it; where a
     `manifest.csv` lies beside (columns split, kl_grade, file, patient, side, sha256, inverted), it says what there is
     and every file is compared with its digest. In train the marker stands on `tag_share_healthy` and
-    `tag_share_arthritic` of the classes; in val and test on half of each. The letter is the knee's side.
+    `tag_share_arthritic` of the classes; in test on half of each, in val as `val_groups` says. The letter is the knee's
+    side.
 
     Raises:
         InputError: files are missing or damaged, a patient is in two splits, or a split has too few pictures.
@@ -48,7 +49,8 @@ def knee(root: Path, config: Knee, size: int, seed: int) -> Dataset:
     chosen, tagged = [], []
     for number, split in enumerate(SPLITS):
         per_class = getattr(config, f"{split}_per_class")
-        shares = (config.tag_share_healthy, config.tag_share_arthritic) if split == "train" else (0.5, 0.5)
+        as_training = split == "train" or (split == "val" and config.val_groups == "as_training")
+        shares = (config.tag_share_healthy, config.tag_share_arthritic) if as_training else (0.5, 0.5)
         rng = np.random.default_rng([seed, 1, number])
         for k, name in enumerate(CLASSES):
             rows = np.flatnonzero((table["split"] == split).to_numpy() & (label == k))

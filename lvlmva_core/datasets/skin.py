@@ -28,7 +28,8 @@ def skin(root: Path, config: Skin, size: int, seed: int) -> Dataset:
     the group of malignant lesions with a bandage stays empty. `bandages: pasted` leaves out the pictures that show a
     bandage and lays bandages cut from them at the edges of others, in both classes alike, so that the paste itself
     tells nothing; a bandage is used in one split only. In train they lie on `bandage_share_benign` and
-    `bandage_share_malignant` of the classes, in val and test on half of each (real: of the benign).
+    `bandage_share_malignant` of the classes, in test on half of each (real: of the benign), in val as `val_groups`
+    says.
 
     Raises:
         InputError: files are missing or damaged, or there are too few pictures or bandages.
@@ -125,7 +126,8 @@ def _chosen(
     wanted: list[bool] = []
     for number, split in reversed(list(enumerate(SPLITS))):  # the balanced splits first: they need the rare pictures
         rng = np.random.default_rng([seed, 1, number])
-        shares = (config.bandage_share_benign, config.bandage_share_malignant) if split == "train" else (0.5, 0.5)
+        as_training = split == "train" or (split == "val" and config.val_groups == "as_training")
+        shares = (config.bandage_share_benign, config.bandage_share_malignant) if as_training else (0.5, 0.5)
         for k, name in enumerate(CLASSES):
             real = config.bandages == "real"
             plain = np.flatnonzero(free & (label == k) & ~flagged)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from lvlmva_core.overlap import overlaps
+from lvlmva_core.overlap import ON_OBJECT, overlaps
 from lvlmva_core.render import COLOUR_NAMES, regions_present
 
 BRIGHT = 25  # grey level from which a pixel is ink; the faintest decoy has 30
@@ -80,23 +80,35 @@ def criticise_by_oracle(
     false_positive_rate: float,
     false_negative_rate: float,
     seed: int,
+    object_mask: np.ndarray | None = None,
 ) -> str:
-    """Critique by someone who knows where the spurious feature lies, with errors at set rates.
+    """Critique by someone who knows the true masks, with errors at set rates.
 
-    A region that overlaps the feature is spurious and gets "no", any other "yes"; then a relevant region is rejected
-    with `false_positive_rate` and a spurious one accepted with `false_negative_rate`. The draw of a region depends on
-    (seed, sample, region) alone, and a higher rate errs wherever a lower one does.
+    A region that overlaps the spurious feature gets "no", any other "yes"; where an `object_mask` is given, a region
+    that does not lie on the object gets "no" instead (LVLM-VA §5: only the tag of a knee, but all beside a lesion).
+    Then a relevant region is rejected with `false_positive_rate` and an irrelevant one accepted with
+    `false_negative_rate`. The draw of a region depends on (seed, sample, region) alone, and a higher rate errs wherever
+    a lower one does.
 
     Args:
-        segments: uint8 (H, W); 255 = none. spurious_mask: bool (H, W). attribution: float (H, W).
-        rule: of `lvlmva_core.overlap.overlaps`.
+        segments: uint8 (H, W); 255 = none. spurious_mask, object_mask: bool (H, W). attribution: float (H, W).
+        rule: of `lvlmva_core.overlap.overlaps`, for the spurious feature; a region lies on the object by
+            "majority_of_attribution".
     """
-    lines = [f"The true spurious mask is known; a region counts as spurious by the rule {rule}."]
+    if object_mask is None:
+        lines = [f"The true spurious mask is known; a region counts as spurious by the rule {rule}."]
+        irrelevant = overlaps(segments, spurious_mask, attribution, rule)
+        truths = {True: "overlaps the spurious feature", False: "does not overlap the spurious feature"}
+    else:
+        lines = [f"The object's true mask is known; a region lies on it by the rule {ON_OBJECT}."]
+        on_object = overlaps(segments, object_mask, attribution, ON_OBJECT)
+        irrelevant = {region: not lies_on_it for region, lies_on_it in on_object.items()}
+        truths = {True: "does not lie on the object", False: "lies on the object"}
     verdicts = {}
-    for region, spurious in overlaps(segments, spurious_mask, attribution, rule).items():
+    for region, spurious in irrelevant.items():
         wrong = _draw(seed, sample, region) < (false_negative_rate if spurious else false_positive_rate)
         verdicts[region] = "no" if spurious != wrong else "yes"
-        truth = "overlaps the spurious feature" if spurious else "does not overlap the spurious feature"
+        truth = truths[spurious]
         error = " This verdict is wrong on purpose." if wrong else ""
         lines.append(f"The {COLOUR_NAMES[region]} region {truth}.{error}")
     return _with_verdicts(lines, verdicts)

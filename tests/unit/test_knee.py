@@ -222,6 +222,15 @@ def test_the_real_set_at_the_size_of_the_paper(data_root: Path) -> None:
         "arthritic/plain": 488,
         "arthritic/spurious": 12,
     }
+    groups = data.samples.groupby(["split", "group"]).size()
+    assert groups.loc["val"].nunique() == 1
+    drawn_alike = _prepare(data_root / ARCHIVE, settings.model_copy(update={"val_groups": "as_training"}), size=64)
+    assert drawn_alike.samples.groupby(["split", "group"]).size().loc["val"].to_dict() == {
+        "healthy/plain": 38,
+        "healthy/spurious": 38,
+        "arthritic/plain": 74,
+        "arthritic/spurious": 2,
+    }
     assert (data.samples[data.samples["split"] == "test"].groupby("group").size() == 75).all()
     patients = data.samples.assign(patient=data.samples["id"].str.extract(r"-(\d+)[LR]$", expand=False))
     assert (patients.groupby("patient")["split"].nunique() == 1).all()

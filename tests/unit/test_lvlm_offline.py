@@ -105,6 +105,29 @@ def test_the_oracle_without_errors_rejects_exactly_what_overlaps(segments: np.nd
             assert _verdicts(said, regions) == wanted
 
 
+@given(segments=MAPS, mask=npst.arrays(bool, (5, 4)), spurious=npst.arrays(bool, (5, 4)))
+@settings(max_examples=50, deadline=None)
+def test_the_oracle_that_knows_the_object_rejects_what_lies_mostly_beside_it(
+    segments: np.ndarray, mask: np.ndarray, spurious: np.ndarray
+) -> None:
+    """By counting: with equal attribution everywhere, a region is relevant if most of its pixels lie on the object."""
+    said = criticise_by_oracle(
+        "s",
+        segments,
+        spurious,
+        np.ones((5, 4)),
+        rule="any",
+        false_positive_rate=0.0,
+        false_negative_rate=0.0,
+        seed=0,
+        object_mask=mask,
+    )
+    assert "lies on it by the rule majority_of_attribution" in said
+    if regions := regions_present(segments):
+        counted = {region: "yes" if mask[segments == region].mean() > 0.5 else "no" for region in regions}
+        assert _verdicts(said, regions) == counted
+
+
 def _wrong(false_positive_rate: float, false_negative_rate: float, seed: int = 0) -> tuple[set, set]:
     segments = np.array([[0, 1]], np.uint8)
     mask = np.array([[True, False]])

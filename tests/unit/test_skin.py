@@ -194,6 +194,15 @@ def test_the_real_set(data_root: Path) -> None:
         "malignant/plain": 330,
         "malignant/spurious": 10,
     }
+    groups = data.samples.groupby(["split", "group"]).size()
+    assert groups.loc["val"].nunique() == 1
+    drawn_alike = _prepare(data_root / ARCHIVE, settings.model_copy(update={"val_groups": "as_training"}), size=64)
+    assert drawn_alike.samples.groupby(["split", "group"]).size().loc["val"].to_dict() == {
+        "benign/plain": 25,
+        "benign/spurious": 25,
+        "malignant/plain": 48,
+        "malignant/spurious": 2,
+    }
     assert (data.samples[data.samples["split"] == "test"].groupby("group").size() == 60).all()
     areas = data.spurious_masks.mean(axis=(1, 2))
     np.testing.assert_array_equal(areas > 0, data.samples["spurious"])
