@@ -13,7 +13,7 @@ from lvlmva_core.attribution import deep_lift_shap
 from lvlmva_core.config import Params, load_params
 from lvlmva_core.models import load_checkpoint
 from lvlmva_core.render import render_image, render_overlay, render_segmentation
-from lvlmva_core.report.figures import curves_figure, outcome_figure, panel_figure, save_figure
+from lvlmva_core.report.figures import curves_figure, differences_figure, outcome_figure, panel_figure, save_figure
 from lvlmva_core.report.page import Table, render_page
 from lvlmva_core.samples import read_class_names, read_images, read_samples, rows_of_ids
 from lvlmva_core.training import set_up_compute
@@ -60,6 +60,20 @@ def report(
         "outcome",
         "Before and after, on the test split; bars are means over seeds, whiskers standard deviations.",
         outcome_figure(bars, f"{dataset}; {who}"),
+    )
+    differences = {
+        "accuracy": _differences(content["tests"], "accuracy"),
+        "WGA": _differences(content["tests"], "wga"),
+        "μ_align": _differences(content["tests"], "mu_align"),
+    }
+    keep(
+        "differences",
+        "Difference to the one base model; bars are means over seeds, whiskers standard deviations.",
+        differences_figure(
+            {metric: methods for metric, methods in differences.items() if methods},
+            content["methods"]["lvlm_va"]["seeds"],
+            f"{dataset}; {who}",
+        ),
     )
     keep(
         "panel",
@@ -142,6 +156,15 @@ def _bars(methods: dict[str, Any], metric: str) -> dict[str, tuple[float, float]
     return {
         name: (value["mean"], value["std"]) if isinstance(value, dict) else (value, 0.0)
         for name, value in values.items()
+    }
+
+
+def _differences(tests: dict[str, Any], metric: str) -> dict[str, tuple[float, float, float]]:
+    """Method -> (mean, standard deviation, two-sided p) of its difference to the base model."""
+    found = {name: metrics[metric]["base"] for name, metrics in tests.items() if metric in metrics}
+    return {
+        name: (test["difference"]["mean"], test["difference"]["std"], test["p_two_sided"])
+        for name, test in found.items()
     }
 
 

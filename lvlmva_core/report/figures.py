@@ -58,6 +58,67 @@ def outcome_figure(bars: Mapping[str, Mapping[str, tuple[float, float]]], captio
     return figure
 
 
+def differences_figure(
+    differences: Mapping[str, Mapping[str, tuple[float, float, float]]], seeds: int, caption: str
+) -> Figure:
+    """One panel a metric, one bar a method: its difference to the base model, as in LVLM-VA's figures of ΔWGA.
+
+    A star marks a difference whose exact two-sided Wilcoxon test over seeds has p < 0.05.
+
+    Args:
+        differences: metric -> method -> (mean difference, standard deviation over seeds, two-sided p).
+        seeds: how many there are; with fewer than six no difference can be significant, which is then said.
+        caption: who judged, and on what.
+    """
+    methods = [name for name in METHOD_NAMES if name in next(iter(differences.values()))]
+    places = range(len(methods))
+    figure = Figure(figsize=(10, 0.42 * len(methods) + 1.4), layout="constrained")
+    figure.suptitle(caption, fontsize=9)
+    panels = figure.subplots(1, len(differences), sharey=True, squeeze=False)[0]
+    for axes, (metric, values) in zip(panels, differences.items(), strict=True):
+        means, deviations, ps = zip(*(values[name] for name in methods), strict=True)
+        axes.barh(places, means, xerr=deviations, capsize=3, color=[METHOD_COLORS[name] for name in methods])
+        axes.axvline(0, color="black", linewidth=0.8)
+        reach = 1.1 * max(abs(mean) + deviation for mean, deviation in zip(means, deviations, strict=True)) or 1.0
+        axes.set_xlim(-reach if min(means) < 0 else -0.1 * reach, 1.6 * reach)
+        for place, mean, deviation, p in zip(places, means, deviations, ps, strict=True):
+            text = f"{mean:+.3f}{' *' if p < 0.05 else ''}"
+            edge = max(mean + deviation, 0.0)
+            axes.annotate(text, (edge, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.set_title(f"Δ {metric}", fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(places, [METHOD_NAMES[name] for name in methods], fontsize=9)
+    panels[0].invert_yaxis()
+    enough = "* two-sided p < 0.05" if seeds >= 6 else "too few for a significant difference"
+    figure.supxlabel(f"difference to the base model, {seeds} seeds; {enough}", fontsize=8)
+    return figure
+
+
+def sweep_figure(sweep: pd.DataFrame, setting: str) -> Figure:
+    """What a swept setting does: one panel a metric, one line a method, whiskers over seeds (LVLM-VA, Fig. 5).
+
+    Args:
+        sweep: columns x (the setting's values, numbers or words), method, metric, mean, std.
+        setting: name of the setting. A numeric axis is logarithmic where all values are positive and span a decade.
+    """
+    metrics = list(dict.fromkeys(sweep["metric"]))
+    figure = Figure(figsize=(4 * len(metrics) + 1.5, 3.2), layout="constrained")
+    for axes, metric in zip(np.atleast_1d(figure.subplots(1, len(metrics))), metrics, strict=True):
+        for method, rows in sweep[sweep["metric"] == metric].groupby("method", sort=False):
+            if pd.api.types.is_numeric_dtype(sweep["x"]):
+                rows = rows.sort_values("x")
+            style = {"color": METHOD_COLORS[str(method)], "label": METHOD_NAMES[str(method)]}
+            axes.errorbar(rows["x"], rows["mean"], rows["std"], marker="o", markersize=4, capsize=3, **style)
+        if pd.api.types.is_numeric_dtype(sweep["x"]) and 0 < 10 * sweep["x"].min() <= sweep["x"].max():
+            axes.set_xscale("log")
+        axes.set_xlabel(setting)
+        axes.set_title(metric, fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, frameon=False, loc="outside right center")
+    return figure
+
+
 def panel_figure(
     titles: Sequence[str],
     images: Sequence[np.ndarray],

@@ -1,0 +1,75 @@
+"""What is drawn, read back from the figures."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lvlmva_core.errors import InputError
+from lvlmva_core.report.figures import differences_figure, sweep_figure
+from stages.sweep import read_experiments
+
+
+def test_differences_are_drawn_with_a_star_where_they_are_significant() -> None:
+    found = {
+        "WGA": {"lvlm_va": (0.3, 0.05, 0.016), "lambda_zero": (-0.1, 0.02, 0.3)},
+        "accuracy": {"lvlm_va": (0.0, 0.0, 1.0), "lambda_zero": (0.0, 0.0, 1.0)},
+    }
+    figure = differences_figure(found, 7, "oracle")
+    wga = figure.axes[0]
+    assert [bar.get_width() for bar in wga.patches] == [-0.1, 0.3]  # in the order of the table of methods
+    assert [label.get_text() for label in wga.get_yticklabels()] == ["λ = 0 (control)", "LVLM-VA"]
+    assert [text.get_text() for text in wga.texts] == ["-0.100", "+0.300 *"]
+    low, high = wga.get_xlim()
+    assert low < -0.12
+    assert high > 0.35
+    assert "7 seeds; * two-sided p < 0.05" in figure.get_supxlabel()
+    assert "too few for a significant difference" in differences_figure(found, 3, "oracle").get_supxlabel()
+
+
+@pytest.mark.parametrize(
+    ("xs", "scale"), [([10.0, 0.1, 1.0], "log"), ([1.0, 2.0, 3.0], "linear"), ([0, 1, 9], "linear")]
+)
+def test_a_sweep_is_drawn_in_the_order_of_its_values(xs: list[float], scale: str) -> None:
+    sweep = pd.DataFrame({"x": xs, "method": "lvlm_va", "metric": "WGA", "mean": xs, "std": 0.1})
+    axes = sweep_figure(sweep, "align.rrr_lambda").axes[0]
+    x, y = axes.lines[0].get_data()
+    assert np.array_equal(x, sorted(xs))
+    assert np.array_equal(y, sorted(xs))
+    assert axes.get_xscale() == scale
+    words = sweep.assign(x=["low_entropy", "random", "high_entropy"])
+    assert [tick.get_text() for tick in sweep_figure(words, "rank.strategy").axes[0].get_xticklabels()] == words[
+        "x"
+    ].tolist()
+
+
+SHOWN = """\
+Experiment,rev,typ,params.yaml:rank.strategy,align.rrr_lambda,\
+{lvlm}.accuracy.mean,{lvlm}.accuracy.std,metrics/evaluate.json:{lvlm}.wga.mean,metrics/evaluate.json:{lvlm}.wga.std
+,workspace,baseline,random,5.0,0.1,0.1,0.1,0.1
+,main,baseline,low_entropy,1.0,0.9,0.01,0.5,0.02
+a,123,branch_base,random,1.0,0.8,0.03,0.4,0.04
+b,124,branch_commit,high_entropy,1.0,,,,
+"""
+
+
+def test_experiments_are_read_as_dvc_shows_them(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.csv"
+    file.write_text(SHOWN.format(lvlm="methods.lvlm_va.test"))
+    found = read_experiments(file, "rank.strategy")
+    assert found.to_dict("list") == {
+        "x": ["low_entropy", "random"] * 2,
+        "method": ["lvlm_va"] * 4,
+        "metric": ["accuracy", "accuracy", "WGA", "WGA"],
+        "mean": [0.9, 0.8, 0.5, 0.4],
+        "std": [0.01, 0.03, 0.02, 0.04],
+    }
+    assert len(read_experiments(file, "align.rrr_lambda")) == 2  # the first of equal values
+    with pytest.raises(InputError, match=r"no column 'rank\.seed'; name a key"):
+        read_experiments(file, "rank.seed")
+    with pytest.raises(InputError, match="write it with `dvc exp show --csv"):
+        read_experiments(tmp_path / "gone.csv", "rank.seed")
+    file.write_text(SHOWN.format(lvlm="other"))
+    with pytest.raises(InputError, match="no experiment has metrics of lvlm_va"):
+        read_experiments(file, "rank.strategy")
