@@ -102,13 +102,16 @@ def train_classifier(
         checkpoint: of the same training; where it holds a state, the training goes on from there to the same bits.
 
     Returns:
-        The training curve, one row an epoch: epoch (from 1), loss (mean over samples), train_accuracy, val_accuracy.
+        The training curve, one row an epoch: epoch (from 1), loss (mean over samples), train_accuracy (of
+        the samples that `rows` names), val_accuracy.
 
     Raises:
         InputError: the loss stops being finite.
     """
     generator = torch.Generator().manual_seed(seed)
     rows = torch.arange(len(images)) if rows is None else rows
+    seen = rows.unique()
+    seen_images, seen_labels = (images, labels) if len(seen) == len(images) else (images[seen], labels[seen])
     model.to(memory_format=torch.channels_last)  # convolutions are faster so
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
     curve: list[dict[str, float]] = []
@@ -138,7 +141,7 @@ def train_classifier(
             {
                 "epoch": epoch,
                 "loss": total / len(rows),
-                "train_accuracy": accuracy(model, images, labels),
+                "train_accuracy": accuracy(model, seen_images, seen_labels),
                 "val_accuracy": accuracy(model, val_images, val_labels),
             }
         )

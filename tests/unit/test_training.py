@@ -57,6 +57,18 @@ def test_a_training_is_adam_over_shuffled_passes() -> None:
     assert not trained.training
 
 
+def test_a_training_on_some_rows_is_one_on_those_samples_alone() -> None:
+    images, labels = _data()
+    rows = torch.arange(0, N, 3)
+    some, alone = _model(dropout=False), _model(dropout=False)
+    curve = _train(some, rows=rows)
+    settings: dict[str, Any] = {"learning_rate": 0.01, "batch_size": 16, "epochs": 4, "seed": 3}
+    expected = train_classifier(alone, images[rows], labels[rows], images[:20], labels[:20], **settings)
+    pd.testing.assert_frame_equal(curve, expected)
+    for name, tensor in alone.state_dict().items():
+        assert torch.equal(some.state_dict()[name], tensor)
+
+
 class _Kept:
     """A checkpoint in memory that keeps the state of one epoch, as it then was."""
 
