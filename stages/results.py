@@ -106,8 +106,8 @@ def results(
         supervision = {NAMES[method]: need for method, need in content["supervision"].items() if method in NAMES}
         rows = [[row[0], supervision[row[0]], *row[1:]] for row in rows]
         typer.echo(f"{judged_by(content)}\n")
-        typer.echo(_markdown(["method", "supervision beside class labels", *columns[1:]], rows))
-        typer.echo(_markdown(*significance(content)))
+        typer.echo(markdown_table(["method", "supervision beside class labels", *columns[1:]], rows))
+        typer.echo(markdown_table(*significance(content)))
         return
     table = Table(title="Before and after, test split", caption=judged_by(content))
     for column in columns:
@@ -118,7 +118,8 @@ def results(
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
-def _markdown(columns: list[str], rows: list[list[str]]) -> str:
+def markdown_table(columns: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 

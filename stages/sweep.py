@@ -3,27 +3,37 @@
 import sys
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from lvlmva_core.errors import InputError
 from lvlmva_core.report.figures import save_figure, sweep_figure
 from stages.entry import run
-from stages.results import HEADINGS
+from stages.results import HEADINGS, NAMES, markdown_table
 
-METHODS = ("lvlm_va", "rrr_gt")
+METHODS = ("lvlm_va", "random_masks", "rrr_gt")
 
 
-def sweep(experiments: Path, setting: str, out: Path = Path("reports/sweep.png")) -> None:
-    """Print and draw accuracy, WGA and μ_align of the experiments over a setting of params.yaml.
+def sweep(experiments: Path, setting: str, also: str = "", out: Path = Path("reports/sweep.png")) -> None:
+    """Print (as Markdown) and draw accuracy, WGA and μ_align of the experiments over a setting of params.yaml.
 
-    `experiments` is what `dvc exp show --csv` wrote, `setting` a key such as align.rrr_lambda. The workspace is passed
-    over, and so are experiments without metrics.
+    `experiments` is what `dvc exp show --csv` wrote, `setting` a key such as align.rrr_lambda, `also` further columns
+    of that file for the table, separated by commas. The workspace is passed over, and so are experiments without
+    metrics.
     """
     table = read_experiments(experiments, setting)
-    wide = table.assign(value=[f"{m:.3f} ± {s:.3f}" for m, s in zip(table["mean"], table["std"], strict=True)])
-    wide = wide.pivot_table(index="x", columns=["method", "metric"], values="value", aggfunc="first", sort=False)
-    sys.stdout.write(f"{wide.to_string()}\n")
+    values = {
+        (x, f"{NAMES[method]}: {metric}"): f"{mean:.3f} ± {std:.3f}"
+        for x, method, metric, mean, std in table.itertuples(index=False)
+    }
+    found = pd.Series(values).unstack(sort=False)
+    for name in filter(None, also.split(",")):
+        found.insert(0, name, read_column(experiments, setting, name).reindex(found.index))
+    if pd.api.types.is_numeric_dtype(table["x"]):
+        found = found.sort_index()
+    cells = [[_cell(x), *map(_cell, row)] for x, row in zip(found.index, found.to_numpy(), strict=True)]
+    sys.stdout.write(markdown_table([setting, *found.columns], cells))
     save_figure(sweep_figure(table, setting), out)
 
 
@@ -33,14 +43,7 @@ def read_experiments(path: Path, setting: str) -> pd.DataFrame:
     Raises:
         InputError: the file is not there, the setting is no column of it, or no experiment has metrics.
     """
-    try:
-        shown = pd.read_csv(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable; write it with `dvc exp show --csv > {path}`") from error
-    key = _column(shown, "params.yaml", setting)
-    if key is None:
-        raise InputError(f"{path}: no column '{setting}'; name a key of params.yaml, such as align.rrr_lambda")
-    shown = shown[shown["rev"] != "workspace"]  # it repeats the last experiment that was applied
+    shown, key = _read(path, setting)
     rows = []
     for method, metric in product(METHODS, ("accuracy", "wga", "mu_align")):
         name = f"methods.{method}.test.{metric}"
@@ -53,6 +56,34 @@ def read_experiments(path: Path, setting: str) -> pd.DataFrame:
     if found.empty:
         raise InputError(f"{path}: no experiment has metrics of {', '.join(METHODS)}; run them with `dvc exp run`")
     return found.drop_duplicates(["x", "method", "metric"], ignore_index=True)
+
+
+def read_column(path: Path, setting: str, name: str) -> pd.Series:
+    """A column of the experiments by the value of the setting, the first of equal ones.
+
+    Raises:
+        InputError: as `read_experiments`, or there is no such column.
+    """
+    shown, key = _read(path, setting)
+    if name not in shown:
+        raise InputError(f"{path}: no column '{name}'; its first line names them all")
+    return shown[[key, name]].dropna().drop_duplicates(key).set_index(key)[name]
+
+
+def _read(path: Path, setting: str) -> tuple[pd.DataFrame, str]:
+    """The experiments and the name of the setting's column."""
+    try:
+        shown = pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable; write it with `dvc exp show --csv > {path}`") from error
+    key = _column(shown, "params.yaml", setting)
+    if key is None:
+        raise InputError(f"{path}: no column '{setting}'; name a key of params.yaml, such as align.rrr_lambda")
+    return shown[shown["rev"] != "workspace"], key  # the workspace repeats the last experiment that was applied
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _column(shown: pd.DataFrame, file: str, key: str) -> str | None:

@@ -8,7 +8,7 @@ import pytest
 
 from lvlmva_core.errors import InputError
 from lvlmva_core.report.figures import differences_figure, sweep_figure
-from stages.sweep import read_experiments
+from stages.sweep import read_column, read_experiments, sweep
 
 
 def test_differences_are_drawn_with_a_star_where_they_are_significant() -> None:
@@ -73,3 +73,20 @@ def test_experiments_are_read_as_dvc_shows_them(tmp_path: Path) -> None:
     file.write_text(SHOWN.format(lvlm="other"))
     with pytest.raises(InputError, match="no experiment has metrics of lvlm_va"):
         read_experiments(file, "rank.strategy")
+
+
+def test_a_sweep_is_printed_with_the_columns_that_were_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "sweep.csv"
+    file.write_text(SHOWN.format(lvlm="methods.lvlm_va.test"))
+    sweep(file, "rank.strategy", also="align.rrr_lambda", out=tmp_path / "sweep.png")
+    assert capsys.readouterr().out.splitlines() == [
+        "| rank.strategy | align.rrr_lambda | LVLM-VA: accuracy | LVLM-VA: WGA |",
+        "| --- | --- | --- | --- |",
+        "| low_entropy | 1 | 0.900 ± 0.010 | 0.500 ± 0.020 |",
+        "| random | 1 | 0.800 ± 0.030 | 0.400 ± 0.040 |",
+    ]
+    assert (tmp_path / "sweep.png").stat().st_size > 0
+    with pytest.raises(InputError, match=r"no column 'rank\.share'; its first line"):
+        read_column(file, "rank.strategy", "rank.share")
