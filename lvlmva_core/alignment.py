@@ -130,6 +130,8 @@ def align_ensemble(
     resume: Resume | None = None,
     precision: str = "float32",
     batch_norm: str = "train",
+    max_gradient_norm: float | None = None,
+    learning_rate_schedule: str = "constant",
 ) -> list[AlignedRun]:
     """Fine-tune copies of `model` with the RRR loss and Adam, one for each (λ, seed) of `runs` (LVLM-VA §4.4).
 
@@ -156,6 +158,10 @@ def align_ensemble(
         batch_norm: "train", or "frozen": BatchNorm layers keep the base model's running statistics and use them in the
             cross-entropy's forward too. With "train" the penalty may be lowered by moving the weights away from the
             running statistics, which the cross-entropy does not see: the model in eval mode then is another one.
+        max_gradient_norm: the gradient of the whole loss in all parameters of a run is scaled down to this norm where
+            it is longer. A pretrained network may begin with penalties in the hundreds; unclipped, these set Adam's
+            scale for the hundreds of steps that its second moment remembers, and the cross-entropy is drowned.
+        learning_rate_schedule: "constant", or "linear": falls from `learning_rate` to 0, step by step.
 
     Returns:
         In the order of `runs`. Curves hold epoch (from 1), cross_entropy and penalty (means over the epoch's steps of
@@ -187,9 +193,9 @@ def align_ensemble(
         lambdas = [runs[n][0] for n in group]
         learner: _Learner
         if layers is None:
-            learner = _Single(model, data, lambdas[0], gamma, learning_rate, precision, batch_norm)
+            learner = _Single(model, data, lambdas[0], gamma, learning_rate, max_gradient_norm, precision, batch_norm)
         else:
-            learner = _Stack(layers, data, lambdas, gamma, learning_rate)
+            learner = _Stack(layers, data, lambdas, gamma, learning_rate, max_gradient_norm)
         found += _train(
             learner,
             data,
@@ -202,6 +208,7 @@ def align_ensemble(
             selection=selection,
             patience=patience,
             checkpoint=resume.part(f"runs {group.start} to {group.stop}") if resume else None,
+            falling_from=learning_rate if learning_rate_schedule == "linear" else None,
         )
     return found
 
@@ -222,6 +229,7 @@ class _Learner(Protocol):
     """R runs that take their steps together."""
 
     totals: Tensor  # float64 (R, 2): sums over steps of cross-entropy and penalty
+    optimizer: torch.optim.Adam
 
     def step(self, rows: Tensor, chosen: Tensor) -> None:
         """One step of every run on training samples `rows` (R, b) and alignment samples `chosen` (R, a)."""
@@ -249,9 +257,11 @@ class _Single:
         rrr_lambda: float,
         gamma: float,
         learning_rate: float,
+        max_gradient_norm: float | None,
         precision: str,
         batch_norm: str,
     ) -> None:
+        self.max_gradient_norm = max_gradient_norm
         self.frozen = batch_norm == "frozen"
         self.model = copy.deepcopy(model).to(memory_format=torch.channels_last)  # convolutions are faster so
         self.data = data
@@ -283,6 +293,8 @@ class _Single:
             loss = loss + self.gamma * torch.stack(squares).sum()
         self.optimizer.zero_grad()
         loss.backward()
+        if self.max_gradient_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.max_gradient_norm)
         self.optimizer.step()
         self.totals += torch.stack([cross_entropy.detach(), penalty.detach()]).double()
 
@@ -312,8 +324,11 @@ class _Stack:
         lambdas: Sequence[float],
         gamma: float,
         learning_rate: float,
+        max_gradient_norm: float | None,
     ) -> None:
         images = data.images
+        self.gamma = gamma
+        self.max_gradient_norm = max_gradient_norm
         self.data = data
         self.stack = StackedMlp(layers, len(lambdas))
         self.rrr_lambda = torch.tensor(lambdas, dtype=images.dtype, device=images.device) if any(lambdas) else None
@@ -321,8 +336,9 @@ class _Stack:
         self.masks = channels.flatten(-3).to(images.dtype)
         self.pixels = torch.cat([data.alignment_images, images]).flatten(1)  # one gather a step
         self.run = torch.arange(len(lambdas), device=images.device)[:, None]
-        # the gradient of γ Σ θ² is 2 γ θ, which is what Adam calls weight decay
-        self.optimizer = _adam(self.stack.parameters(), learning_rate, weight_decay=2 * gamma)
+        # the gradient of γ Σ θ² is 2 γ θ, which is what Adam calls weight decay; `_clip` adds it itself
+        decay = 2 * gamma if max_gradient_norm is None else 0.0
+        self.optimizer = _adam(self.stack.parameters(), learning_rate, weight_decay=decay)
         self.totals = torch.zeros((len(lambdas), 2), dtype=torch.float64, device=images.device)
 
     def step(self, rows: Tensor, chosen: Tensor) -> None:
@@ -333,8 +349,23 @@ class _Stack:
         targets = torch.cat([data.alignment_labels[chosen], data.labels[rows]], dim=1)
         masks = self.masks[chosen] if self.masks.ndim == 2 else self.masks[self.run, chosen]
         losses = self.stack.backward(batch, targets, masks, self.rrr_lambda)
+        if self.max_gradient_norm is not None:
+            self._clip(self.max_gradient_norm)
         self.optimizer.step()
         self.totals += torch.stack(losses, dim=1).double()
+
+    def _clip(self, longest: float) -> None:
+        """What `clip_grad_norm_` does to one model, for each run."""
+        parameters = self.stack.parameters()
+        gradients = [
+            parameter.grad.add_(parameter, alpha=2 * self.gamma)
+            for parameter in parameters
+            if parameter.grad is not None
+        ]
+        norms = torch.stack([gradient.flatten(1).square().sum(1) for gradient in gradients]).sum(0).sqrt()
+        factors = (longest / (norms + 1e-6)).clamp(max=1.0)
+        for gradient in gradients:
+            gradient.mul_(factors.view(-1, *[1] * (gradient.ndim - 1)))
 
     def logits(self, images: Tensor) -> Tensor:
         return self.stack.logits(images)
@@ -403,6 +434,7 @@ def _train(
     selection: Selection | None,
     patience: int | None,
     checkpoint: Checkpoint | None,
+    falling_from: float | None,
 ) -> list[AlignedRun]:
     """Train a group of runs from its checkpoint, or from the start, to its end."""
     steps = math.ceil(len(data.images) / training_batch)
@@ -429,6 +461,9 @@ def _train(
         learner.totals.zero_()
         with own_draws(device, runs[0][1], epoch):
             for n in range(steps):
+                if falling_from is not None:
+                    taken = (epoch - 1) * steps + n
+                    _set_learning_rate(learner.optimizer, falling_from * (1 - taken / (epochs * steps)))
                 step(rows[n], chosen[n])
         totals = learner.totals.tolist()
         for n in going:
@@ -476,7 +511,17 @@ def _epoch(streams: dict[int, Iterator[Tensor]], steps: int, runs: Sequence[tupl
 
 def _adam(parameters: list[Tensor], learning_rate: float, weight_decay: float = 0.0) -> torch.optim.Adam:
     on_cuda = parameters[0].device.type == "cuda"
-    return torch.optim.Adam(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True, capturable=on_cuda)
+    # a captured graph reads the rate from a tensor, and so sees it change
+    rate = torch.tensor(learning_rate, device=parameters[0].device) if on_cuda else learning_rate
+    return torch.optim.Adam(parameters, lr=rate, weight_decay=weight_decay, fused=True, capturable=on_cuda)
+
+
+def _set_learning_rate(optimizer: torch.optim.Adam, rate: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def _stack_size(layers: Sequence[tuple[str, nn.Linear]], device: torch.device) -> int:

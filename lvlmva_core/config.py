@@ -246,6 +246,7 @@ class Align(Section):
     """RRR fine-tuning: λ belongs to inputs in [0, 1]. precision: of the steps; ReLU MLPs have only float32.
 
     batch_norm: train, or frozen: BatchNorm keeps the base model's statistics (`lvlmva_core.alignment`).
+    max_gradient_norm: longer gradients are scaled down to it. learning_rate_schedule: linear falls to 0.
     """
 
     rrr_lambda: NonNegative
@@ -258,6 +259,8 @@ class Align(Section):
     selection: Selection | None = None
     precision: Literal["float32", "bfloat16"] = "float32"
     batch_norm: Literal["train", "frozen"] = "train"
+    max_gradient_norm: Positive | None = None
+    learning_rate_schedule: Literal["constant", "linear"] = "constant"
 
 
 class Subg(Section):

@@ -93,6 +93,8 @@ def align(
         resume=resume,
         precision=config.precision,
         batch_norm=config.batch_norm,
+        max_gradient_norm=config.max_gradient_norm,
+        learning_rate_schedule=config.learning_rate_schedule,
     )
     by_lambda = {value: [one for one in found if one.rrr_lambda == value] for value in _candidates(config)}
     best = config.rrr_lambda

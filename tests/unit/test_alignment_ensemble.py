@@ -65,10 +65,14 @@ def _align(
     )
 
 
-def _plainly(model: nn.Module, rrr_lambda: float, seed: int, masks: Tensor) -> tuple[nn.Module, list[list[float]]]:
+def _plainly(
+    model: nn.Module, rrr_lambda: float, seed: int, masks: Tensor, longest: float = math.inf, falling: bool = False
+) -> tuple[nn.Module, list[list[float]]]:
     """One run as the field writes it: autograd, torch's own Adam, one step after the other."""
     data, model = _data(), copy.deepcopy(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    end = 0.0 if falling else 1.0
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, end, total_iters=EPOCHS * STEPS)
     training = endless_batches(N, 32, torch.Generator().manual_seed(2 * seed))
     masked = endless_batches(N_ALIGN, 4, torch.Generator().manual_seed(2 * seed + 1))
     curve = []
@@ -84,7 +88,9 @@ def _plainly(model: nn.Module, rrr_lambda: float, seed: int, masks: Tensor) -> t
             squares = sum(parameter.square().sum() for parameter in model.parameters())
             optimizer.zero_grad()
             (cross_entropy + rrr_lambda * penalty + 0.01 * squares).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), longest)
             optimizer.step()
+            schedule.step()
             totals[0] += cross_entropy.item() / STEPS
             totals[1] += (penalty.item() if rrr_lambda else 0.0) / STEPS
         model.eval()
@@ -93,10 +99,10 @@ def _plainly(model: nn.Module, rrr_lambda: float, seed: int, masks: Tensor) -> t
     return model, curve
 
 
-def _assert_like_the_plain_loop(model: nn.Module, found: list[AlignedRun], masks: list[Tensor]) -> None:
+def _assert_like_the_plain_loop(model: nn.Module, found: list[AlignedRun], masks: list[Tensor], **options: Any) -> None:
     assert [(run.rrr_lambda, run.seed, run.epoch, run.score) for run in found] == [(*run, EPOCHS, None) for run in RUNS]
     for run, mask in zip(found, masks, strict=True):
-        expected, curve = _plainly(model, run.rrr_lambda, run.seed, mask)
+        expected, curve = _plainly(model, run.rrr_lambda, run.seed, mask, **options)
         assert list(run.weights) == list(expected.state_dict())
         for name, tensor in expected.state_dict().items():
             torch.testing.assert_close(run.weights[name], tensor, rtol=1e-9, atol=1e-10)
@@ -119,6 +125,19 @@ def test_each_run_may_have_masks_of_its_own(network: Any) -> None:
     masks = torch.rand((len(RUNS), N_ALIGN, 4, 5), generator=generator) < 0.4
     model = network()
     _assert_like_the_plain_loop(model, _align(model, RUNS, masks), list(masks))
+
+
+@pytest.mark.parametrize("network", [_mlp, _cnn])
+def test_gradients_are_clipped_and_the_rate_falls_as_in_the_plain_loop(network: Any) -> None:
+    longest, model, masks = 0.3, network(), [_data()["masks"]] * len(RUNS)
+    settings: dict[str, Any] = {"max_gradient_norm": longest, "learning_rate_schedule": "linear"}
+    _assert_like_the_plain_loop(model, _align(model, RUNS, **settings), masks, longest=longest, falling=True)
+    free = _align(model, RUNS, learning_rate_schedule="linear")
+    _assert_like_the_plain_loop(model, free, masks, falling=True)
+    clipped = _align(model, RUNS, max_gradient_norm=longest)
+    _assert_like_the_plain_loop(model, clipped, masks, longest=longest)
+    unclipped = _align(model, RUNS)
+    assert not all(one.curve.equals(other.curve) for one, other in zip(clipped, unclipped, strict=True))
 
 
 @pytest.mark.parametrize("at_a_time", [1, 2, 5])
@@ -190,7 +209,7 @@ def test_a_run_that_died_goes_on_to_the_same_bits(
     monkeypatch.setattr("lvlmva_core.resume.MIN_SECONDS", 0.0)
     monkeypatch.setattr("lvlmva_core.resume.COST_FACTOR", 0.0)
     data, epochs = _data(), 6
-    options: dict[str, Any] = {"epochs": epochs, "patience": patience}
+    options: dict[str, Any] = {"epochs": epochs, "patience": patience, "learning_rate_schedule": "linear"}
     options["selection"] = by_accuracy(data["images"], data["labels"]) if patience else None
     with monkeypatch.context() as patch:
         whole = _count_steps(patch)
