@@ -1,5 +1,6 @@
 """Figures: what changed, on how many, and why (matplotlib, drawn without a display)."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def outcome_figure(bars: Mapping[str, Mapping[str, tuple[float, float]]], captio
     methods = [name for name in METHOD_NAMES if name in next(iter(bars.values()))]
     places = range(len(methods))
     figure = Figure(figsize=(10, 0.42 * len(methods) + 1.2), layout="constrained")
-    figure.suptitle(caption, fontsize=9)
+    _say(figure, caption, 9)
     panels = figure.subplots(1, len(bars), sharey=True, squeeze=False)[0]
     for axes, (metric, values) in zip(panels, bars.items(), strict=True):
         means, deviations = zip(*(values[name] for name in methods), strict=True)
@@ -73,7 +74,7 @@ def differences_figure(
     methods = [name for name in METHOD_NAMES if name in next(iter(differences.values()))]
     places = range(len(methods))
     figure = Figure(figsize=(10, 0.42 * len(methods) + 1.4), layout="constrained")
-    figure.suptitle(caption, fontsize=9)
+    _say(figure, caption, 9)
     panels = figure.subplots(1, len(differences), sharey=True, squeeze=False)[0]
     for axes, (metric, values) in zip(panels, differences.items(), strict=True):
         means, deviations, ps = zip(*(values[name] for name in methods), strict=True)
@@ -81,6 +82,7 @@ def differences_figure(
         axes.axvline(0, color="black", linewidth=0.8)
         reach = 1.1 * max(abs(mean) + deviation for mean, deviation in zip(means, deviations, strict=True)) or 1.0
         axes.set_xlim(-reach if min(means) < 0 else -0.1 * reach, 1.6 * reach)
+        axes.locator_params(axis="x", nbins=5)
         for place, mean, deviation, p in zip(places, means, deviations, ps, strict=True):
             text = f"{mean:+.3f}{' *' if p < 0.05 else ''}"
             edge = max(mean + deviation, 0.0)
@@ -139,7 +141,7 @@ def panel_figure(
     """
     columns = ["image", "attribution before", "regions", "overlay", "mask (suppressed)", "attribution after"]
     figure = Figure(figsize=(1.7 * len(columns), 1.75 * len(titles) + 0.6), layout="constrained")
-    figure.suptitle(caption, fontsize=10)
+    _say(figure, caption, 10)
     grid = figure.subplots(len(titles), len(columns), squeeze=False)
     for row, title in enumerate(titles):
         scale = float(np.percentile(np.abs(before[row]), 99.5)) or 1.0
@@ -178,6 +180,12 @@ def curves_figure(curves: Mapping[str, pd.DataFrame], base_accuracy: float) -> F
     figure.legend(fontsize=8, frameon=False, loc="outside right center")
     axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def _say(figure: Figure, caption: str, size: float) -> None:
+    """Write a caption above the panels, in as many lines as it takes: a stand-in's name must not be cut off."""
+    characters = int(figure.get_figwidth() * 72 / (0.6 * size))  # a letter is 0.6 of the size wide at most on average
+    figure.suptitle(textwrap.fill(caption, characters), fontsize=size)
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -5,9 +5,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 
 from lvlmva_core.errors import InputError
-from lvlmva_core.report.figures import differences_figure, sweep_figure
+from lvlmva_core.report.figures import differences_figure, outcome_figure, sweep_figure
 from stages.sweep import read_column, read_experiments, sweep
 
 
@@ -26,6 +28,22 @@ def test_differences_are_drawn_with_a_star_where_they_are_significant() -> None:
     assert high > 0.35
     assert "7 seeds; * two-sided p < 0.05" in figure.get_supxlabel()
     assert "too few for a significant difference" in differences_figure(found, 3, "oracle").get_supxlabel()
+
+
+def test_who_judged_is_never_cut_off() -> None:
+    caption = "skin; critic: oracle (a stand-in, not a vision-language model)" + ", with settings that take room" * 9
+    found = {"WGA": {"lvlm_va": (0.3, 0.05, 0.016)}}
+    bars = {"WGA": {"lvlm_va": (0.3, 0.05)}}
+    for figure in (differences_figure(found, 7, caption), outcome_figure(bars, caption)):
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        (title,) = [text for text in figure.findobj(Text) if "stand-in" in text.get_text()]
+        assert title.get_text().replace("\n", " ") == caption
+        box, page = title.get_window_extent(canvas.get_renderer()), figure.bbox
+        assert page.x0 < box.x0
+        assert box.x1 < page.x1
+        assert box.y1 < page.y1
+        assert all(box.y0 > axes.bbox.y1 for axes in figure.axes)
 
 
 @pytest.mark.parametrize(
