@@ -59,5 +59,6 @@ def embeddings_figure(
         axes.set_title(f"{name}\n{share:.0%} of the variance", fontsize=10)
         axes.set_xticks([])
         axes.set_yticks([])
+    figure.axes[0].scatter([], [], s=14, marker="x", color=WITHOUT, label="with the spurious feature")
     figure.axes[0].legend(fontsize=8, frameon=False)
     return figure
