@@ -28,8 +28,8 @@ def sweep(experiments: Path, setting: str, also: str = "", out: Path = Path("rep
         for x, method, metric, mean, std in table.itertuples(index=False)
     }
     found = pd.Series(values).unstack(sort=False)
-    for name in filter(None, also.split(",")):
-        found.insert(0, name, read_column(experiments, setting, name).reindex(found.index))
+    for place, name in enumerate(filter(None, also.split(","))):
+        found.insert(place, name, read_column(experiments, setting, name).reindex(found.index))
     if pd.api.types.is_numeric_dtype(table["x"]):
         found = found.sort_index()
     cells = [[_cell(x), *map(_cell, row)] for x, row in zip(found.index, found.to_numpy(), strict=True)]
@@ -83,6 +83,8 @@ def _read(path: Path, setting: str) -> tuple[pd.DataFrame, str]:
 
 
 def _cell(value: Any) -> str:
+    if pd.isna(value):
+        return "not known"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
