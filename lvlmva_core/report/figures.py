@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 METHOD_NAMES = {
@@ -38,24 +39,14 @@ def outcome_figure(bars: Mapping[str, Mapping[str, tuple[float, float]]], captio
         bars: metric -> method -> (mean, standard deviation); metrics in 0..1; the same methods in each.
         caption: who judged, and on what; stands above the panels.
     """
-    methods = [name for name in METHOD_NAMES if name in next(iter(bars.values()))]
-    places = range(len(methods))
-    figure = Figure(figsize=(10, 0.42 * len(methods) + 1.2), layout="constrained")
-    _say(figure, caption, 9)
-    panels = figure.subplots(1, len(bars), sharey=True, squeeze=False)[0]
+    figure, panels, methods = _method_bars(bars, 1.2, caption)
     for axes, (metric, values) in zip(panels, bars.items(), strict=True):
-        means, deviations = zip(*(values[name] for name in methods), strict=True)
-        axes.barh(places, means, xerr=deviations, capsize=3, color=[METHOD_COLORS[name] for name in methods])
-        for place, mean, deviation in zip(places, means, deviations, strict=True):
-            axes.annotate(
-                f"{mean:.3f}", (mean + deviation, place), (4, 0), textcoords="offset points", va="center", fontsize=8
-            )
+        for place, name in enumerate(methods):
+            mean, deviation = values[name]
+            _label(axes, f"{mean:.3f}", mean + deviation, place)
         axes.set_xlim(0, 1.22)
         axes.set_xticks([0, 0.5, 1])
         axes.set_title(metric, fontsize=9)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_yticks(places, [METHOD_NAMES[name] for name in methods], fontsize=9)
-    panels[0].invert_yaxis()
     return figure
 
 
@@ -71,26 +62,17 @@ def differences_figure(
         seeds: how many there are; with fewer than six no difference can be significant, which is then said.
         caption: who judged, and on what.
     """
-    methods = [name for name in METHOD_NAMES if name in next(iter(differences.values()))]
-    places = range(len(methods))
-    figure = Figure(figsize=(10, 0.42 * len(methods) + 1.4), layout="constrained")
-    _say(figure, caption, 9)
-    panels = figure.subplots(1, len(differences), sharey=True, squeeze=False)[0]
+    figure, panels, methods = _method_bars(differences, 1.4, caption)
     for axes, (metric, values) in zip(panels, differences.items(), strict=True):
-        means, deviations, ps = zip(*(values[name] for name in methods), strict=True)
-        axes.barh(places, means, xerr=deviations, capsize=3, color=[METHOD_COLORS[name] for name in methods])
         axes.axvline(0, color="black", linewidth=0.8)
+        means, deviations, _ = zip(*(values[name] for name in methods), strict=True)
         reach = 1.1 * max(abs(mean) + deviation for mean, deviation in zip(means, deviations, strict=True)) or 1.0
         axes.set_xlim(-reach if min(means) < 0 else -0.1 * reach, 1.6 * reach)
         axes.locator_params(axis="x", nbins=5)
-        for place, mean, deviation, p in zip(places, means, deviations, ps, strict=True):
-            text = f"{mean:+.3f}{' *' if p < 0.05 else ''}"
-            edge = max(mean + deviation, 0.0)
-            axes.annotate(text, (edge, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
+        for place, name in enumerate(methods):
+            mean, deviation, p = values[name]
+            _label(axes, f"{mean:+.3f}{' *' if p < 0.05 else ''}", max(mean + deviation, 0.0), place)
         axes.set_title(f"Δ {metric}", fontsize=9)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_yticks(places, [METHOD_NAMES[name] for name in methods], fontsize=9)
-    panels[0].invert_yaxis()
     enough = "* two-sided p < 0.05" if seeds >= 6 else "too few for a significant difference"
     figure.supxlabel(f"difference to the base model, {seeds} seeds; {enough}", fontsize=8)
     return figure
@@ -104,14 +86,15 @@ def sweep_figure(sweep: pd.DataFrame, setting: str) -> Figure:
         setting: name of the setting. A numeric axis is logarithmic where all values are positive and span a decade.
     """
     metrics = list(dict.fromkeys(sweep["metric"]))
+    numeric = pd.api.types.is_numeric_dtype(sweep["x"])
     figure = Figure(figsize=(4 * len(metrics) + 1.5, 3.2), layout="constrained")
     for axes, metric in zip(np.atleast_1d(figure.subplots(1, len(metrics))), metrics, strict=True):
         for method, rows in sweep[sweep["metric"] == metric].groupby("method", sort=False):
-            if pd.api.types.is_numeric_dtype(sweep["x"]):
+            if numeric:
                 rows = rows.sort_values("x")
             style = {"color": METHOD_COLORS[str(method)], "label": METHOD_NAMES[str(method)]}
             axes.errorbar(rows["x"], rows["mean"], rows["std"], marker="o", markersize=4, capsize=3, **style)
-        if pd.api.types.is_numeric_dtype(sweep["x"]) and 0 < 10 * sweep["x"].min() <= sweep["x"].max():
+        if numeric and 0 < 10 * sweep["x"].min() <= sweep["x"].max():
             axes.set_xscale("log")
         axes.set_xlabel(setting)
         axes.set_title(metric, fontsize=9)
@@ -180,6 +163,28 @@ def curves_figure(curves: Mapping[str, pd.DataFrame], base_accuracy: float) -> F
     figure.legend(fontsize=8, frameon=False, loc="outside right center")
     axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def _method_bars(
+    bars: Mapping[str, Mapping[str, tuple[float, ...]]], margin: float, caption: str
+) -> tuple[Figure, list[Axes], list[str]]:
+    """One panel a metric, one bar a method with its whisker; the methods from top to bottom. `margin`: inches."""
+    methods = [name for name in METHOD_NAMES if name in next(iter(bars.values()))]
+    places = range(len(methods))
+    figure = Figure(figsize=(10, 0.42 * len(methods) + margin), layout="constrained")
+    _say(figure, caption, 9)
+    panels = list(figure.subplots(1, len(bars), sharey=True, squeeze=False)[0])
+    for axes, values in zip(panels, bars.values(), strict=True):
+        means, deviations = zip(*(values[name][:2] for name in methods), strict=True)
+        axes.barh(places, means, xerr=deviations, capsize=3, color=[METHOD_COLORS[name] for name in methods])
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(places, [METHOD_NAMES[name] for name in methods], fontsize=9)
+    panels[0].invert_yaxis()
+    return figure, panels, methods
+
+
+def _label(axes: Axes, text: str, edge: float, place: int) -> None:
+    axes.annotate(text, (edge, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
 
 
 def _say(figure: Figure, caption: str, size: float) -> None:
