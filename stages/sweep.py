@@ -1,6 +1,7 @@
 """A sweep of experiments as a table and a figure: `python -m stages.sweep --experiments sweep.csv ...`."""
 
 import sys
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,13 @@ def sweep(experiments: Path, setting: str, also: str = "", out: Path = Path("rep
     of that file for the table, separated by commas. The workspace is passed over, and so are experiments without
     metrics.
     """
-    table = read_experiments(experiments, setting)
+    table, columns = read_experiments(experiments, setting, [name for name in also.split(",") if name])
     values = {
         (x, f"{NAMES[method]}: {metric}"): f"{mean:.3f} ± {std:.3f}"
         for x, method, metric, mean, std in table.itertuples(index=False)
     }
     found = pd.Series(values).unstack(sort=False)
-    for place, name in enumerate(filter(None, also.split(","))):
-        found.insert(place, name, read_column(experiments, setting, name).reindex(found.index))
+    found = pd.concat([columns.reindex(found.index), found], axis=1)
     if pd.api.types.is_numeric_dtype(table["x"]):
         found = found.sort_index()
     cells = [[_cell(x), *map(_cell, row)] for x, row in zip(found.index, found.to_numpy(), strict=True)]
@@ -37,13 +37,23 @@ def sweep(experiments: Path, setting: str, also: str = "", out: Path = Path("rep
     save_figure(sweep_figure(table, setting), out)
 
 
-def read_experiments(path: Path, setting: str) -> pd.DataFrame:
-    """Columns x, method, metric, mean, std of all experiments that have them, the first of equal x.
+def read_experiments(path: Path, setting: str, also: Sequence[str] = ()) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Metrics with columns x, method, metric, mean, std; and the columns named in `also`, by x. Of equal x the first.
 
     Raises:
-        InputError: the file is not there, the setting is no column of it, or no experiment has metrics.
+        InputError: the file is not there, a name is no column of it, or no experiment has metrics.
     """
-    shown, key = _read(path, setting)
+    try:
+        shown = pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable; write it with `dvc exp show --csv > {path}`") from error
+    key = _column(shown, "params.yaml", setting)
+    if key is None:
+        raise InputError(f"{path}: no column '{setting}'; name a key of params.yaml, such as align.rrr_lambda")
+    for name in also:
+        if name not in shown:
+            raise InputError(f"{path}: no column '{name}'; its first line names them all")
+    shown = shown[shown["rev"] != "workspace"]  # the workspace repeats the last experiment that was applied
     rows = []
     for method, metric in product(METHODS, ("accuracy", "wga", "mu_align")):
         name = f"methods.{method}.test.{metric}"
@@ -55,31 +65,8 @@ def read_experiments(path: Path, setting: str) -> pd.DataFrame:
     found = pd.DataFrame(rows, columns=["x", "method", "metric", "mean", "std"]).dropna()
     if found.empty:
         raise InputError(f"{path}: no experiment has metrics of {', '.join(METHODS)}; run them with `dvc exp run`")
-    return found.drop_duplicates(["x", "method", "metric"], ignore_index=True)
-
-
-def read_column(path: Path, setting: str, name: str) -> pd.Series:
-    """A column of the experiments by the value of the setting, the first of equal ones.
-
-    Raises:
-        InputError: as `read_experiments`, or there is no such column.
-    """
-    shown, key = _read(path, setting)
-    if name not in shown:
-        raise InputError(f"{path}: no column '{name}'; its first line names them all")
-    return shown[[key, name]].dropna().drop_duplicates(key).set_index(key)[name]
-
-
-def _read(path: Path, setting: str) -> tuple[pd.DataFrame, str]:
-    """The experiments and the name of the setting's column."""
-    try:
-        shown = pd.read_csv(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable; write it with `dvc exp show --csv > {path}`") from error
-    key = _column(shown, "params.yaml", setting)
-    if key is None:
-        raise InputError(f"{path}: no column '{setting}'; name a key of params.yaml, such as align.rrr_lambda")
-    return shown[shown["rev"] != "workspace"], key  # the workspace repeats the last experiment that was applied
+    columns = {name: shown[[key, name]].dropna().drop_duplicates(key).set_index(key)[name] for name in also}
+    return found.drop_duplicates(["x", "method", "metric"], ignore_index=True), pd.DataFrame(columns)
 
 
 def _cell(value: Any) -> str:

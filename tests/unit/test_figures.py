@@ -10,7 +10,7 @@ from matplotlib.text import Text
 
 from lvlmva_core.errors import InputError
 from lvlmva_core.report.figures import differences_figure, outcome_figure, sweep_figure
-from stages.sweep import read_column, read_experiments, sweep
+from stages.sweep import read_experiments, sweep
 
 
 def test_differences_are_drawn_with_a_star_where_they_are_significant() -> None:
@@ -75,7 +75,8 @@ b,124,branch_commit,high_entropy,1.0,,,,
 def test_experiments_are_read_as_dvc_shows_them(tmp_path: Path) -> None:
     file = tmp_path / "sweep.csv"
     file.write_text(SHOWN.format(lvlm="methods.lvlm_va.test"))
-    found = read_experiments(file, "rank.strategy")
+    found, columns = read_experiments(file, "rank.strategy", ["align.rrr_lambda"])
+    assert columns["align.rrr_lambda"].to_dict() == {"low_entropy": 1.0, "random": 1.0, "high_entropy": 1.0}
     assert found.to_dict("list") == {
         "x": ["low_entropy", "random"] * 2,
         "method": ["lvlm_va"] * 4,
@@ -83,7 +84,7 @@ def test_experiments_are_read_as_dvc_shows_them(tmp_path: Path) -> None:
         "mean": [0.9, 0.8, 0.5, 0.4],
         "std": [0.01, 0.03, 0.02, 0.04],
     }
-    assert len(read_experiments(file, "align.rrr_lambda")) == 2  # the first of equal values
+    assert len(read_experiments(file, "align.rrr_lambda")[0]) == 2  # the first of equal values
     with pytest.raises(InputError, match=r"no column 'rank\.seed'; name a key"):
         read_experiments(file, "rank.seed")
     with pytest.raises(InputError, match="write it with `dvc exp show --csv"):
@@ -107,4 +108,4 @@ def test_a_sweep_is_printed_with_the_columns_that_were_asked_for(
     ]
     assert (tmp_path / "sweep.png").stat().st_size > 0
     with pytest.raises(InputError, match=r"no column 'rank\.share'; its first line"):
-        read_column(file, "rank.strategy", "rank.share")
+        read_experiments(file, "rank.strategy", ["rank.share"])
