@@ -18,7 +18,7 @@ from lvlmva_core.models import predict_logits
 from lvlmva_core.progress import track
 from lvlmva_core.resume import Checkpoint, Resume
 from lvlmva_core.selection import Selection
-from lvlmva_core.stacked_mlp import StackedMlp, linear_layers
+from lvlmva_core.stacked_mlp import StackedMlp, contrast_weights, linear_layers
 from lvlmva_core.training import endless_batches, own_draws
 
 # Weights of the MLPs that are trained at a time. On a CPU a larger stack no longer stays in its caches between steps.
@@ -43,13 +43,32 @@ def rrr_penalty(model: nn.Module, images: Tensor, masks: Tensor) -> Tensor:
     Raises:
         ValueError: shapes or types differ from the above.
     """
+    return _squared_gradient(model, images, masks, lambda logits: functional.log_softmax(logits, dim=1).sum())
+
+
+def contrast_penalty(model: nn.Module, images: Tensor, masks: Tensor, labels: Tensor) -> Tensor:
+    """Squared input gradient of the contrast between the sample's class and the others, inside the masks.
+
+    The contrast is z_y less the mean of the other logits; with two classes the penalty is that of GradMask (Simpson et
+    al. 2019, |z_0 - z_1|). Unlike `rrr_penalty` it does not vanish where all classes are equally probable, so that it
+    cannot be met by being unsure.
+
+    Args:
+        labels: int64 (B,), the samples' classes; the rest, returns and raises are as in `rrr_penalty`.
+    """
+    return _squared_gradient(
+        model, images, masks, lambda logits: (logits * contrast_weights(labels, logits.shape[1])).sum()
+    )
+
+
+def _squared_gradient(model: nn.Module, images: Tensor, masks: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
+    """Inside the masks, of the score (a sum over the samples) that is made of the logits; (B,)."""
     if masks.dtype != torch.bool or masks.shape != (images.shape[0], *images.shape[2:]):
         expected = (images.shape[0], *images.shape[2:])
         raise ValueError(f"masks must be bool {expected}, not {masks.dtype} {tuple(masks.shape)}")
     with _in_eval_mode(model):
         pixels = images.detach().requires_grad_(True)
-        log_p = functional.log_softmax(model(pixels), dim=1)
-        (gradient,) = torch.autograd.grad(log_p.sum(), pixels, create_graph=True)
+        (gradient,) = torch.autograd.grad(score(model(pixels)), pixels, create_graph=True)
     return (gradient * masks[:, None]).square().flatten(1).sum(1)
 
 
@@ -132,6 +151,7 @@ def align_ensemble(
     batch_norm: str = "train",
     max_gradient_norm: float | None = None,
     learning_rate_schedule: str = "constant",
+    penalty: str = "log_probabilities",
 ) -> list[AlignedRun]:
     """Fine-tune copies of `model` with the RRR loss and Adam, one for each (λ, seed) of `runs` (LVLM-VA §4.4).
 
@@ -162,6 +182,7 @@ def align_ensemble(
             it is longer. A pretrained network may begin with penalties in the hundreds; unclipped, these set Adam's
             scale for the hundreds of steps that its second moment remembers, and the cross-entropy is drowned.
         learning_rate_schedule: "constant", or "linear": falls from `learning_rate` to 0, step by step.
+        penalty: "log_probabilities" (`rrr_penalty`, the paper's), or "contrast" (`contrast_penalty`).
 
     Returns:
         In the order of `runs`. Curves hold epoch (from 1), cross_entropy and penalty (means over the epoch's steps of
@@ -193,9 +214,11 @@ def align_ensemble(
         lambdas = [runs[n][0] for n in group]
         learner: _Learner
         if layers is None:
-            learner = _Single(model, data, lambdas[0], gamma, learning_rate, max_gradient_norm, precision, batch_norm)
+            learner = _Single(
+                model, data, lambdas[0], gamma, learning_rate, max_gradient_norm, penalty, precision, batch_norm
+            )
         else:
-            learner = _Stack(layers, data, lambdas, gamma, learning_rate, max_gradient_norm)
+            learner = _Stack(layers, data, lambdas, gamma, learning_rate, max_gradient_norm, penalty)
         found += _train(
             learner,
             data,
@@ -258,10 +281,12 @@ class _Single:
         gamma: float,
         learning_rate: float,
         max_gradient_norm: float | None,
+        penalty: str,
         precision: str,
         batch_norm: str,
     ) -> None:
         self.max_gradient_norm = max_gradient_norm
+        self.contrast = penalty == "contrast"
         self.frozen = batch_norm == "frozen"
         self.model = copy.deepcopy(model).to(memory_format=torch.channels_last)  # convolutions are faster so
         self.data = data
@@ -286,7 +311,7 @@ class _Single:
             loss = cross_entropy
             penalty = torch.zeros_like(cross_entropy)
             if self.rrr_lambda:
-                penalty = rrr_penalty(self.model, masked_images, self.masks[chosen[0]]).sum() / data.size
+                penalty = self._penalty(masked_images, chosen[0]).sum() / data.size
                 loss = loss + self.rrr_lambda * penalty
         if self.gamma:
             squares = [parameter.square().sum() for parameter in self.model.parameters()]
@@ -297,6 +322,12 @@ class _Single:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.max_gradient_norm)
         self.optimizer.step()
         self.totals += torch.stack([cross_entropy.detach(), penalty.detach()]).double()
+
+    def _penalty(self, images: Tensor, chosen: Tensor) -> Tensor:
+        masks = self.masks[chosen]
+        if self.contrast:
+            return contrast_penalty(self.model, images, masks, self.data.alignment_labels[chosen])
+        return rrr_penalty(self.model, images, masks)
 
     def logits(self, images: Tensor) -> Tensor:
         self.model.eval()
@@ -325,8 +356,10 @@ class _Stack:
         gamma: float,
         learning_rate: float,
         max_gradient_norm: float | None,
+        penalty: str,
     ) -> None:
         images = data.images
+        self.contrast = penalty == "contrast"
         self.gamma = gamma
         self.max_gradient_norm = max_gradient_norm
         self.data = data
@@ -348,7 +381,7 @@ class _Stack:
         batch = self.pixels.index_select(0, places.flatten()).view(*places.shape, -1)
         targets = torch.cat([data.alignment_labels[chosen], data.labels[rows]], dim=1)
         masks = self.masks[chosen] if self.masks.ndim == 2 else self.masks[self.run, chosen]
-        losses = self.stack.backward(batch, targets, masks, self.rrr_lambda)
+        losses = self.stack.backward(batch, targets, masks, self.rrr_lambda, contrast=self.contrast)
         if self.max_gradient_norm is not None:
             self._clip(self.max_gradient_norm)
         self.optimizer.step()

@@ -247,6 +247,8 @@ class Align(Section):
 
     batch_norm: train, or frozen: BatchNorm keeps the base model's statistics (`lvlmva_core.alignment`).
     max_gradient_norm: longer gradients are scaled down to it. learning_rate_schedule: linear falls to 0.
+    penalty: what is differentiated in the pixels, the summed log-probabilities (the paper's) or contrast, which a model
+    cannot meet by being unsure (`lvlmva_core.alignment.contrast_penalty`).
     """
 
     rrr_lambda: NonNegative
@@ -261,6 +263,7 @@ class Align(Section):
     batch_norm: Literal["train", "frozen"] = "train"
     max_gradient_norm: Positive | None = None
     learning_rate_schedule: Literal["constant", "linear"] = "constant"
+    penalty: Literal["log_probabilities", "contrast"] = "log_probabilities"
 
 
 class Subg(Section):

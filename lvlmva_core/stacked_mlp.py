@@ -30,6 +30,12 @@ def linear_layers(model: nn.Module) -> list[tuple[str, nn.Linear]] | None:
     return layers if plain else None
 
 
+def contrast_weights(labels: Tensor, n_classes: int) -> Tensor:
+    """What the logits are weighted by in the contrast of a class with the mean of the others: (...) -> (..., K)."""
+    own = functional.one_hot(labels, n_classes)
+    return own - (1 - own) / (n_classes - 1)
+
+
 class StackedMlp:
     """`n_runs` copies of a ReLU MLP whose weights stand in one tensor a layer: (R, out, in), biases (R, out).
 
@@ -64,7 +70,15 @@ class StackedMlp:
             found.append(_linear(hidden, self.weights[-1], self.biases[-1]))
         return torch.cat(found, dim=1)
 
-    def backward(self, rows: Tensor, labels: Tensor, masks: Tensor, rrr_lambda: Tensor | None) -> tuple[Tensor, Tensor]:
+    def backward(
+        self,
+        rows: Tensor,
+        labels: Tensor,
+        masks: Tensor,
+        rrr_lambda: Tensor | None,
+        *,
+        contrast: bool = False,
+    ) -> tuple[Tensor, Tensor]:
         """Set the gradients of cross-entropy + λ penalty, both summed over a run's batch and divided by its size I.
 
         Args:
@@ -73,6 +87,7 @@ class StackedMlp:
             labels: int64 (R, I).
             masks: (R, a, D) of the images' dtype, 1 where the gradient of the first `a` samples is to vanish.
             rrr_lambda: (R,), or None for no penalty at all.
+            contrast: the penalty is `alignment.contrast_penalty` in place of `alignment.rrr_penalty`.
 
         Returns:
             cross_entropy (R,) and penalty (R,), both before λ; the penalty is 0 where λ is 0.
@@ -92,9 +107,11 @@ class StackedMlp:
         down: list[Tensor] = []
         up: list[Tensor] = []
         if rrr_lambda is not None:
-            # d sum_k log p_k / d (output of each layer), from the logits down to the pixels
+            # d (what the penalty differentiates) / d (output of each layer), from the logits down to the pixels
             p_masked = p[:, :n_masked]
-            down = [1 - n_classes * p_masked]
+            down = [
+                contrast_weights(labels[:, :n_masked], n_classes).to(p.dtype) if contrast else 1 - n_classes * p_masked
+            ]
             for weight, on in zip(reversed(self.weights[1:]), reversed(active), strict=True):
                 down.insert(0, torch.bmm(down[0], weight).mul_(on[:, :n_masked]))
             gradient = torch.bmm(down[0], self.weights[0]).mul_(masks)
@@ -103,9 +120,10 @@ class StackedMlp:
             up = [torch.mul(gradient, 2 / size * rrr_lambda[:, None, None], out=rows[:, size:])]
             for weight, on in zip(self.weights[:-1], active, strict=True):
                 up.append(torch.bmm(up[-1], weight.transpose(1, 2)).mul_(on[:, :n_masked]))
-            at_top = torch.bmm(up[-1], self.weights[-1].transpose(1, 2))
-            curved = p_masked * (at_top - (p_masked * at_top).sum(2, keepdim=True))
-            at_logits[:, :n_masked] -= n_classes * curved
+            if not contrast:  # which is linear in the logits
+                at_top = torch.bmm(up[-1], self.weights[-1].transpose(1, 2))
+                curved = p_masked * (at_top - (p_masked * at_top).sum(2, keepdim=True))
+                at_logits[:, :n_masked] -= n_classes * curved
 
         at_output = at_logits
         for layer in reversed(range(len(self.weights))):

@@ -95,6 +95,7 @@ def align(
         batch_norm=config.batch_norm,
         max_gradient_norm=config.max_gradient_norm,
         learning_rate_schedule=config.learning_rate_schedule,
+        penalty=config.penalty,
     )
     by_lambda = {value: [one for one in found if one.rrr_lambda == value] for value in _candidates(config)}
     best = config.rrr_lambda
@@ -131,6 +132,7 @@ def _summary(config: Align, best: float, by_lambda: dict[float, list[AlignedRun]
     summary: dict[str, Any] = {
         "val_accuracy": _over_seeds(by_lambda[best])["val_accuracy"],
         "rrr_lambda": {"inputs_0_to_1": best, "inputs_0_to_255": best * 255**2},
+        "penalty": config.penalty,
     }
     if config.selection is not None:
         summary["selection"] = {

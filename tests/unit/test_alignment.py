@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -6,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lvlmva_core.alignment import align_classifier, rrr_penalty
+from lvlmva_core.alignment import align_classifier, contrast_penalty, rrr_penalty
 from lvlmva_core.errors import InputError
 from lvlmva_core.training import endless_batches
 
@@ -29,8 +30,25 @@ def _summed_log_probabilities(model: nn.Module, images: Tensor) -> Tensor:
     return torch.log_softmax(model(images), dim=1).sum(1)
 
 
+LABELS = torch.tensor([2, 0, 3])
+
+
+def _own_against_others(model: nn.Module, images: Tensor) -> Tensor:
+    logits = model(images)
+    own = logits[range(3), LABELS]
+    return own - (logits.sum(1) - own) / 3
+
+
+def _contrast(model: nn.Module, images: Tensor, masks: Tensor) -> Tensor:
+    return contrast_penalty(model, images, masks, LABELS)
+
+
+PENALTIES = [(rrr_penalty, _summed_log_probabilities), (_contrast, _own_against_others)]
+
+
+@pytest.mark.parametrize(("penalty", "score"), PENALTIES)
 @pytest.mark.parametrize("smooth", [True, False])
-def test_the_penalty_is_the_squared_central_difference_inside_the_mask(smooth: bool) -> None:
+def test_the_penalty_is_the_squared_central_difference_inside_the_mask(smooth: bool, penalty: Any, score: Any) -> None:
     model, (images, masks) = _network(smooth), _batch()
     step = 1e-6
     expected = torch.zeros(len(images), dtype=torch.float64)
@@ -40,25 +58,23 @@ def test_the_penalty_is_the_squared_central_difference_inside_the_mask(smooth: b
                 for v in range(5):
                     nudge = torch.zeros_like(images)
                     nudge[:, c, u, v] = step
-                    slope = (
-                        _summed_log_probabilities(model, images + nudge)
-                        - _summed_log_probabilities(model, images - nudge)
-                    ) / (2 * step)
+                    slope = (score(model, images + nudge) - score(model, images - nudge)) / (2 * step)
                     expected += torch.where(masks[:, u, v], slope**2, 0.0)
-    torch.testing.assert_close(rrr_penalty(model, images, masks).detach(), expected, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(penalty(model, images, masks).detach(), expected, rtol=1e-6, atol=1e-9)
 
 
-def test_the_gradient_of_the_penalty_in_the_parameters_is_its_central_difference() -> None:
+@pytest.mark.parametrize("penalty", [rrr_penalty, _contrast])
+def test_the_gradient_of_the_penalty_in_the_parameters_is_its_central_difference(penalty: Any) -> None:
     model, (images, masks) = _network(), _batch()
     weight = model[0].weight  # type: ignore[index]
-    rrr_penalty(model, images, masks).sum().backward()
+    penalty(model, images, masks).sum().backward()
     step = 1e-6
     for place in [(0, 0, 0, 0), (1, 1, 2, 1), (2, 0, 1, 2)]:
         values = []
         for sign in (1, -1):
             with torch.no_grad():
                 weight[place] += sign * step
-            values.append(rrr_penalty(model, images, masks).sum().item())
+            values.append(penalty(model, images, masks).sum().item())
             with torch.no_grad():
                 weight[place] -= sign * step
         assert weight.grad[place].item() == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-5, abs=1e-9)
@@ -73,6 +89,25 @@ def test_a_linear_model_has_the_penalty_in_closed_form() -> None:
     gradient = (weight.sum(0) - 4 * p @ weight).reshape(images.shape)
     expected = (gradient**2 * masks[:, None]).sum((1, 2, 3))
     torch.testing.assert_close(rrr_penalty(model, images, masks).detach(), expected)
+
+
+def test_only_the_log_probabilities_are_flat_where_two_classes_are_equally_probable() -> None:
+    # d/dx sum_k log p_k = (1 - 2 p_1) d(z_1 - z_0)/dx; the contrast is z_1 - z_0 up to its sign
+    model = nn.Sequential(nn.Flatten(), nn.Linear(40, 2)).double()
+    images, masks = _batch()
+    slope = (model[1].weight[1] - model[1].weight[0]).detach()
+    labels = torch.tensor([0, 1, 1])
+    for bias in (-3.0, 0.4):
+        with torch.no_grad():
+            model[1].bias.copy_(torch.tensor([0.0, bias]))
+            uncertain = nn.Parameter(model[1].bias - torch.tensor([0.0, 1.0]) * (model(images)[0].diff()))
+        expected = (slope.reshape(2, 4, 5) ** 2 * masks[:, None]).sum((1, 2, 3))
+        torch.testing.assert_close(contrast_penalty(model, images, masks, labels).detach(), expected)
+        p = torch.softmax(model(images), dim=1).detach()[:, 1]
+        torch.testing.assert_close(rrr_penalty(model, images, masks).detach(), expected * (1 - 2 * p) ** 2)
+        model[1].bias = uncertain  # now the first sample's classes are equally probable
+        assert rrr_penalty(model, images, masks)[0].item() < 1e-20 < expected[0].item()
+        torch.testing.assert_close(contrast_penalty(model, images, masks, labels).detach(), expected)
 
 
 def test_an_empty_mask_costs_nothing_and_samples_do_not_influence_each_other() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lvlmva_core.alignment as alignment
-from lvlmva_core.alignment import AlignedRun, align_classifier, align_ensemble, rrr_penalty
+from lvlmva_core.alignment import AlignedRun, align_classifier, align_ensemble, contrast_penalty, rrr_penalty
 from lvlmva_core.errors import InputError
 from lvlmva_core.resume import Resume
 from lvlmva_core.selection import by_accuracy
@@ -66,7 +66,13 @@ def _align(
 
 
 def _plainly(
-    model: nn.Module, rrr_lambda: float, seed: int, masks: Tensor, longest: float = math.inf, falling: bool = False
+    model: nn.Module,
+    rrr_lambda: float,
+    seed: int,
+    masks: Tensor,
+    longest: float = math.inf,
+    falling: bool = False,
+    contrast: bool = False,
 ) -> tuple[nn.Module, list[list[float]]]:
     """One run as the field writes it: autograd, torch's own Adam, one step after the other."""
     data, model = _data(), copy.deepcopy(model)
@@ -84,7 +90,11 @@ def _plainly(
             y = torch.cat([data["labels"][chosen], data["labels"][rows]])
             model.train()
             cross_entropy = nn.functional.cross_entropy(model(x), y, reduction="sum") / 36
-            penalty = rrr_penalty(model, data["images"][chosen], masks[chosen]).sum() / 36
+            if contrast:
+                each = contrast_penalty(model, data["images"][chosen], masks[chosen], data["labels"][chosen])
+            else:
+                each = rrr_penalty(model, data["images"][chosen], masks[chosen])
+            penalty = each.sum() / 36
             squares = sum(parameter.square().sum() for parameter in model.parameters())
             optimizer.zero_grad()
             (cross_entropy + rrr_lambda * penalty + 0.01 * squares).backward()
@@ -138,6 +148,12 @@ def test_gradients_are_clipped_and_the_rate_falls_as_in_the_plain_loop(network: 
     _assert_like_the_plain_loop(model, clipped, masks, longest=longest)
     unclipped = _align(model, RUNS)
     assert not all(one.curve.equals(other.curve) for one, other in zip(clipped, unclipped, strict=True))
+
+
+@pytest.mark.parametrize("network", [_mlp, _cnn])
+def test_the_contrast_may_be_penalised_in_place_of_the_log_probabilities(network: Any) -> None:
+    found = _align(network(), RUNS, penalty="contrast")
+    _assert_like_the_plain_loop(network(), found, [_data()["masks"]] * len(RUNS), contrast=True)
 
 
 @pytest.mark.parametrize("at_a_time", [1, 2, 5])

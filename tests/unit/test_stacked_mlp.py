@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lvlmva_core.alignment import rrr_penalty
+from lvlmva_core.alignment import contrast_penalty, rrr_penalty
 from lvlmva_core.models import Mlp, ModelSpec
 from lvlmva_core.stacked_mlp import StackedMlp, linear_layers
 
@@ -46,17 +46,23 @@ def _rows(images: Tensor) -> Tensor:
     return torch.cat([images, torch.full_like(images[:, :4], torch.nan)], dim=1).flatten(2)
 
 
+@pytest.mark.parametrize("contrast", [False, True])
 @pytest.mark.parametrize("depth", [1, 2, 4])
-def test_losses_and_gradients_are_those_of_double_backward_for_every_run(depth: int) -> None:
+def test_losses_and_gradients_are_those_of_double_backward_for_every_run(depth: int, contrast: bool) -> None:
     models = [_mlp(depth, seed) for seed in range(3)]
     images, labels, masks = _batch(3)
     lambdas = [0.0, 0.7, 30.0]
     stack = _stack(models)
     channels = masks[:, :, None].expand(-1, -1, CHANNELS, -1, -1).flatten(2).double()
-    found = stack.backward(_rows(images), labels, channels, torch.tensor(lambdas, dtype=torch.float64))
+    found = stack.backward(
+        _rows(images), labels, channels, torch.tensor(lambdas, dtype=torch.float64), contrast=contrast
+    )
     for run, (model, rrr_lambda) in enumerate(zip(models, lambdas, strict=True)):
         cross_entropy = functional.cross_entropy(model(images[run]), labels[run], reduction="sum") / 9
-        penalty = rrr_penalty(model, images[run, :4], masks[run]).sum() / 9
+        if contrast:
+            penalty = contrast_penalty(model, images[run, :4], masks[run], labels[run, :4]).sum() / 9
+        else:
+            penalty = rrr_penalty(model, images[run, :4], masks[run]).sum() / 9
         expected = torch.autograd.grad(cross_entropy + rrr_lambda * penalty, list(model.parameters()))
         torch.testing.assert_close(found[0][run], cross_entropy.detach())
         torch.testing.assert_close(found[1][run], penalty.detach() if rrr_lambda else torch.zeros_like(penalty))
