@@ -306,10 +306,14 @@ class Baseline(Section):
 
 
 class Control(Section):
-    """What LVLM-VA must beat to mean anything: more training without a penalty, and masks in random places."""
+    """What LVLM-VA must beat to mean anything: more training without a penalty, and masks that know less.
+
+    random_masks: in random places of the pictures that the critic masked. random_pictures: of any pictures.
+    """
 
     lambda_zero: Align
     random_masks: Align
+    random_pictures: Align
 
     @model_validator(mode="after")
     def _lambda_zero_is_zero(self) -> "Control":

@@ -13,7 +13,7 @@ from lvlmva_core.alignment import AlignedRun, align_ensemble
 from lvlmva_core.arrays import read_array, read_attrs, read_table, write_json
 from lvlmva_core.config import Align, load_params
 from lvlmva_core.errors import InputError
-from lvlmva_core.masks import random_masks_like
+from lvlmva_core.masks import masks_on_random_pictures, random_masks_like
 from lvlmva_core.metrics import mean_and_std
 from lvlmva_core.models import load_checkpoint, save_checkpoint, weights_digest
 from lvlmva_core.resume import Resume
@@ -24,7 +24,9 @@ from stages.data import sample_tensors, split_tensors
 from stages.entry import run
 from stages.hydrate import open_store
 
-Method = Literal["lvlm_va", "rrr_gt", "lambda_zero", "random_masks"]
+Method = Literal["lvlm_va", "rrr_gt", "lambda_zero", "random_masks", "random_pictures"]
+
+RANDOM = {"random_masks": random_masks_like, "random_pictures": masks_on_random_pictures}
 
 
 def align(
@@ -47,6 +49,7 @@ def align(
         "rrr_gt": loaded.baseline.rrr_gt,
         "lambda_zero": loaded.control.lambda_zero,
         "random_masks": loaded.control.random_masks,
+        "random_pictures": loaded.control.random_pictures,
     }
     config = configs[method]
     device = set_up_compute(loaded.compute.device, loaded.compute.threads)
@@ -62,8 +65,8 @@ def align(
     alignment_pixels, alignment_labels, _ = sample_tensors(images, table, ids, device)
     classifier, spec = load_checkpoint(model, device)
     runs = [(rrr_lambda, seed) for rrr_lambda in _candidates(config) for seed in config.seeds]
-    if method == "random_masks":  # another draw for each seed
-        corrections = np.stack([random_masks_like(corrections, seed) for _, seed in runs])
+    if method in RANDOM:  # another draw for each seed
+        corrections = np.stack([RANDOM[method](corrections, seed) for _, seed in runs])
     tensors = [pixels, labels, alignment_pixels, alignment_labels, torch.from_numpy(corrections).to(device)]
     tensors += [val_pixels, val_labels]
     chosen_by = None

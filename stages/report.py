@@ -198,7 +198,7 @@ def _tables(content: dict[str, Any]) -> list[Table]:
             "Before and after",
             "Test split; mean ± standard deviation over seeds. AGA is the plain mean over groups, WGA the worst group, "
             "μ_align one minus the share of attribution on the spurious feature. RRR with true masks knows what "
-            "LVLM-VA does not: it is the bound. The controls know less.",
+            "LVLM-VA does not: it is the bound. The controls know less (docs/alignment.md).",
             columns,
             rows,
         ),

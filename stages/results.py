@@ -14,6 +14,7 @@ NAMES = {
     "base": "base model",
     "lambda_zero": "control: λ = 0",
     "random_masks": "control: random masks",
+    "random_pictures": "control: random pictures",
     "jtt": "JTT",
     "subg": "SUBG (group labels)",
     "dfr": "DFR (group labels)",

@@ -7,7 +7,8 @@ SUPERVISION: Mapping[str, str] = MappingProxyType(
     {
         "base": "none",
         "lambda_zero": "none",
-        "random_masks": "area of LVLM-VA's masks",
+        "random_masks": "which pictures LVLM-VA masks, and how much of each",
+        "random_pictures": "area of LVLM-VA's masks",
         "lvlm_va": "a description per class; verdicts of the critic",
         "rrr_gt": "true spurious masks of the alignment set",
         "subg": "group labels in training",

@@ -29,6 +29,8 @@ QUICK: Mapping[str, Any] = {
     "control.lambda_zero.seeds": [0],
     "control.random_masks.epochs": 1,
     "control.random_masks.seeds": [0],
+    "control.random_pictures.epochs": 1,
+    "control.random_pictures.seeds": [0],
     "evaluate.attribution_samples": 20,
 }
 

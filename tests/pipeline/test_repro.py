@@ -13,7 +13,7 @@ import pytest
 from tests.pipeline.project import Project
 
 CHAIN = ["prepare", "train", "rank", "attribute", "segment", "critique", "judge", "mask", "align"]
-OTHERS = ["baseline@rrr_gt", "control@lambda_zero", "control@random_masks"]
+OTHERS = ["baseline@rrr_gt", "control@lambda_zero", "control@random_masks", "control@random_pictures"]
 OTHERS += ["retrain@subg", "retrain@dfr", "retrain@jtt"]
 
 
@@ -49,7 +49,7 @@ def test_figures_metrics_and_plots_come_out(finished: tuple[Project, list[str]])
         assert (project.folder / "reports" / name).read_bytes().startswith(b"\x89PNG")
     shown = project.run("dvc", "metrics", "show", "--json").stdout
     metrics = json.loads(shown)[""]["data"]["metrics/evaluate.json"]["data"]
-    assert set(metrics["methods"]) >= {"base", "lvlm_va", "rrr_gt", "lambda_zero", "random_masks"}
+    assert set(metrics["methods"]) >= {"base", "lvlm_va", "rrr_gt", "lambda_zero", "random_masks", "random_pictures"}
     plots = json.loads(project.run("dvc", "plots", "show", "--json").stdout)
     assert {"training", "alignment"} <= set(plots["data"])
     table = project.run("python", "-m", "stages.results").stdout

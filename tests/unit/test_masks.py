@@ -10,6 +10,7 @@ from lvlmva_core.masks import (
     Override,
     assemble_mask,
     assemble_masks,
+    masks_on_random_pictures,
     random_masks_like,
     read_overrides,
 )
@@ -127,3 +128,19 @@ def test_random_masks_keep_area_and_form() -> None:
     np.testing.assert_allclose(abs(np.fft.fft2(shifted)), abs(np.fft.fft2(masks)), atol=1e-9)
     assert (shifted != masks).any(axis=(1, 2)).sum() > 15
     np.testing.assert_array_equal(random_masks_like(masks, seed=0), shifted)
+
+
+def test_masks_on_random_pictures_are_the_same_masks_dealt_anew() -> None:
+    masks = np.zeros((40, 9, 11), dtype=bool)
+    for n in range(20):  # as many forms as masks; the other half is empty
+        masks[n, : n % 5 + 1, : n // 5 + 1] = True
+    dealt = masks_on_random_pictures(masks, seed=0)
+
+    def forms(of: np.ndarray) -> np.ndarray:  # which a shift does not change
+        return np.abs(np.fft.fft2(of)).round(6).reshape(len(of), -1)
+
+    order = np.lexsort(forms(masks).T), np.lexsort(forms(dealt).T)
+    np.testing.assert_allclose(forms(dealt)[order[1]], forms(masks)[order[0]])
+    assert 5 < dealt[:20].any(axis=(1, 2)).sum() < 15  # half of the pictures, whichever they were
+    np.testing.assert_array_equal(masks_on_random_pictures(masks, seed=0), dealt)
+    assert (masks_on_random_pictures(masks, seed=1) != dealt).any()
