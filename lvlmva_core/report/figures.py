@@ -68,8 +68,9 @@ def differences_figure(
     for axes, (metric, values) in zip(panels, differences.items(), strict=True):
         axes.axvline(0, color="black", linewidth=0.8)
         means, deviations, _ = zip(*(values[name] for name in methods), strict=True)
+        lowest = 1.1 * min(mean - deviation for mean, deviation in zip(means, deviations, strict=True))
         reach = 1.1 * max(abs(mean) + deviation for mean, deviation in zip(means, deviations, strict=True)) or 1.0
-        axes.set_xlim(-reach if min(means) < 0 else -0.1 * reach, 1.6 * reach)
+        axes.set_xlim(min(lowest, -0.1 * reach), 1.6 * reach)
         axes.locator_params(axis="x", nbins=5)
         for place, name in enumerate(methods):
             mean, deviation, p = values[name]

@@ -17,6 +17,7 @@ def test_differences_are_drawn_with_a_star_where_they_are_significant() -> None:
     found = {
         "WGA": {"lvlm_va": (0.3, 0.05, 0.016), "lambda_zero": (-0.1, 0.02, 0.3)},
         "accuracy": {"lvlm_va": (0.0, 0.0, 1.0), "lambda_zero": (0.0, 0.0, 1.0)},
+        "AGA": {"lvlm_va": (0.3, 0.05, 0.016), "lambda_zero": (0.01, 0.2, 0.9)},
     }
     figure = differences_figure(found, 7, "oracle")
     wga = figure.axes[0]
@@ -26,6 +27,7 @@ def test_differences_are_drawn_with_a_star_where_they_are_significant() -> None:
     low, high = wga.get_xlim()
     assert low < -0.12
     assert high > 0.35
+    assert figure.axes[2].get_xlim()[0] < 0.01 - 0.2  # a whisker is drawn to its end
     assert "7 seeds; * two-sided p < 0.05" in figure.get_supxlabel()
     assert "too few for a significant difference" in differences_figure(found, 3, "oracle").get_supxlabel()
 
