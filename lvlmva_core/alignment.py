@@ -57,7 +57,7 @@ def contrast_penalty(model: nn.Module, images: Tensor, masks: Tensor, labels: Te
         labels: int64 (B,), the samples' classes; the rest, returns and raises are as in `rrr_penalty`.
     """
     return _squared_gradient(
-        model, images, masks, lambda logits: (logits * contrast_weights(labels, logits.shape[1])).sum()
+        model, images, masks, lambda logits: (logits * contrast_weights(labels, logits.shape[1], images.dtype)).sum()
     )
 
 

@@ -30,9 +30,9 @@ def linear_layers(model: nn.Module) -> list[tuple[str, nn.Linear]] | None:
     return layers if plain else None
 
 
-def contrast_weights(labels: Tensor, n_classes: int) -> Tensor:
+def contrast_weights(labels: Tensor, n_classes: int, dtype: torch.dtype) -> Tensor:
     """What the logits are weighted by in the contrast of a class with the mean of the others: (...) -> (..., K)."""
-    own = functional.one_hot(labels, n_classes)
+    own = functional.one_hot(labels, n_classes).to(dtype)
     return own - (1 - own) / (n_classes - 1)
 
 
@@ -110,7 +110,7 @@ class StackedMlp:
             # d (what the penalty differentiates) / d (output of each layer), from the logits down to the pixels
             p_masked = p[:, :n_masked]
             down = [
-                contrast_weights(labels[:, :n_masked], n_classes).to(p.dtype) if contrast else 1 - n_classes * p_masked
+                contrast_weights(labels[:, :n_masked], n_classes, p.dtype) if contrast else 1 - n_classes * p_masked
             ]
             for weight, on in zip(reversed(self.weights[1:]), reversed(active), strict=True):
                 down.insert(0, torch.bmm(down[0], weight).mul_(on[:, :n_masked]))

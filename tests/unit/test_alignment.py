@@ -89,6 +89,10 @@ def test_a_linear_model_has_the_penalty_in_closed_form() -> None:
     gradient = (weight.sum(0) - 4 * p @ weight).reshape(images.shape)
     expected = (gradient**2 * masks[:, None]).sum((1, 2, 3))
     torch.testing.assert_close(rrr_penalty(model, images, masks).detach(), expected)
+    # d/dx (z_y - mean of the others) = W_y - (sum_k W_k - W_y) / (K - 1)
+    gradient = (weight[LABELS] - (weight.sum(0) - weight[LABELS]) / 3).reshape(images.shape)
+    expected = (gradient**2 * masks[:, None]).sum((1, 2, 3))
+    torch.testing.assert_close(_contrast(model, images, masks).detach(), expected, rtol=1e-12, atol=0)
 
 
 def test_only_the_log_probabilities_are_flat_where_two_classes_are_equally_probable() -> None:
