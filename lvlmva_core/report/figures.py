@@ -67,9 +67,9 @@ def differences_figure(
     figure, panels, methods = _method_bars(differences, 1.4, caption)
     for axes, (metric, values) in zip(panels, differences.items(), strict=True):
         axes.axvline(0, color="black", linewidth=0.8)
-        means, deviations, _ = zip(*(values[name] for name in methods), strict=True)
-        lowest = 1.1 * min(mean - deviation for mean, deviation in zip(means, deviations, strict=True))
-        reach = 1.1 * max(abs(mean) + deviation for mean, deviation in zip(means, deviations, strict=True)) or 1.0
+        means, deviations, _ = np.transpose([values[name] for name in methods])
+        lowest = 1.1 * (means - deviations).min()
+        reach = 1.1 * (abs(means) + deviations).max() or 1.0
         axes.set_xlim(min(lowest, -0.1 * reach), 1.6 * reach)
         axes.locator_params(axis="x", nbins=5)
         for place, name in enumerate(methods):
