@@ -42,7 +42,7 @@ def align(
     alignment_set: Path | None = None,
     spurious_masks: Path | None = None,
 ) -> None:
-    """Fine-tune the base model: on LVLM-VA's masks, on the true ones, on shifted ones, or with λ = 0."""
+    """Fine-tune the base model: on LVLM-VA's masks, on the true ones, on random ones, or with λ = 0."""
     loaded = load_params(params)
     configs = {
         "lvlm_va": loaded.align,
