@@ -27,8 +27,8 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from lvlmva_core.alignment import AlignedRun, align_ensemble
-from lvlmva_core.config import Prepare
 from lvlmva_core.datasets import prepare_dataset
+from lvlmva_core.datasets.settings import Prepare
 from lvlmva_core.models import ModelSpec, build_model
 from lvlmva_core.training import endless_batches, set_up_compute, train_classifier
 

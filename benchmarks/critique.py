@@ -17,8 +17,8 @@ from pathlib import Path
 
 import openai
 
+from lvlmva.params import Critique, load_params
 from lvlmva_core.arrays import read_array
-from lvlmva_core.config import Critique, load_params
 from lvlmva_core.lvlm.calls import Call
 from lvlmva_core.lvlm.critic import critic_call
 from lvlmva_core.lvlm.prompts import load_critic_prompts

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from lvlmva_core.errors import InputError
-from lvlmva_core.lvlm.records import segmentation_digest
-from lvlmva_core.overlap import NO_REGION
+from lvlmva_core.regions import NO_REGION, segmentation_digest
 
 VERDICTS = ("yes", "no", "unsure")
 OVERRIDE_COLUMNS = ["sample", "segmentation", "region", "verdict"]

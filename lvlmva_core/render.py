@@ -7,8 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from lvlmva_core.config import PALETTE_SIZE
-from lvlmva_core.overlap import NO_REGION
+from lvlmva_core.regions import MAX_REGIONS, NO_REGION, regions_present
 
 SMALLEST_SIDE = 224  # pixels; what is smaller is enlarged before it is shown
 
@@ -40,11 +39,6 @@ LEAST_DIFFERENCE = 14.5
 COLOUR_NAMES = tuple(colour.name for colour in PALETTE)
 
 
-def regions_present(segments: np.ndarray) -> list[int]:
-    """Regions that own a pixel of `segments` (H, W; 255 = none), rising. Only these are shown and asked about."""
-    return [int(region) for region in np.unique(segments) if region != NO_REGION]
-
-
 def enlarge(image: np.ndarray, minimum: int = SMALLEST_SIDE) -> np.ndarray:
     """Repeat the pixels of an (H, W, ...) array by the least whole factor that makes its shorter side >= `minimum`."""
     factor = -(-minimum // min(image.shape[:2]))
@@ -56,14 +50,14 @@ def render_image(image: np.ndarray) -> np.ndarray:
     return enlarge(_as_rgb(image))
 
 
-def render_segmentation(segments: np.ndarray, n_regions: int = PALETTE_SIZE) -> np.ndarray:
+def render_segmentation(segments: np.ndarray, n_regions: int = MAX_REGIONS) -> np.ndarray:
     """Picture (b): the regions as flat colours with outlines. uint8 (H, W) -> uint8 (H', W', 3)."""
     large = enlarge(_checked(segments, n_regions))
     return _draw_outlines(_colours(large), large)
 
 
 def render_overlay(
-    image: np.ndarray, segments: np.ndarray, n_regions: int = PALETTE_SIZE, opacity: float = 0.4
+    image: np.ndarray, segments: np.ndarray, n_regions: int = MAX_REGIONS, opacity: float = 0.4
 ) -> np.ndarray:
     """Picture (c): the regions' colours over the greyed image, enlarged: uint8 (H', W', 3).
 
@@ -96,8 +90,8 @@ def _as_rgb(image: np.ndarray) -> np.ndarray:
 
 
 def _checked(segments: np.ndarray, n_regions: int) -> np.ndarray:
-    if not 1 <= n_regions <= PALETTE_SIZE:
-        raise ValueError(f"n_regions = {n_regions}: there are {PALETTE_SIZE} colours")
+    if not 1 <= n_regions <= MAX_REGIONS:
+        raise ValueError(f"n_regions = {n_regions}: there are {MAX_REGIONS} colours")
     if segments.ndim != 2 or segments.dtype != np.uint8:
         raise ValueError(f"segments must be uint8 (H, W), not {segments.dtype} {segments.shape}")
     present = regions_present(segments)
@@ -108,7 +102,7 @@ def _checked(segments: np.ndarray, n_regions: int) -> np.ndarray:
 
 def _colours(segments: np.ndarray) -> np.ndarray:
     table = np.full((256, 3), 128, dtype=np.uint8)
-    table[:PALETTE_SIZE] = [colour.rgb for colour in PALETTE]
+    table[:MAX_REGIONS] = [colour.rgb for colour in PALETTE]
     colours: np.ndarray = table[segments]
     return colours
 

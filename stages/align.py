@@ -8,10 +8,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from lvlmva.entry import run
+from lvlmva.hydrate import open_store
+from lvlmva.params import Align, load_params
 from lvlmva_core import alignment, models, selection, stacked_mlp, training
 from lvlmva_core.alignment import AlignedRun, align_ensemble
 from lvlmva_core.arrays import read_array, read_attrs, read_table, write_json
-from lvlmva_core.config import Align, load_params
 from lvlmva_core.errors import InputError
 from lvlmva_core.masks import masks_on_random_pictures, random_masks_like
 from lvlmva_core.metrics import mean_and_std
@@ -21,8 +23,6 @@ from lvlmva_core.samples import read_samples, read_spurious_masks, rows_of_ids
 from lvlmva_core.selection import SUPERVISION, best_lambda, by_accuracy, by_pseudo_group, by_worst_group
 from lvlmva_core.training import set_up_compute
 from stages.data import sample_tensors, split_tensors
-from stages.entry import run
-from stages.hydrate import open_store
 
 Method = Literal["lvlm_va", "rrr_gt", "lambda_zero", "random_masks", "random_pictures"]
 

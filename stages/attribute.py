@@ -7,9 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from lvlmva.entry import run
+from lvlmva.hydrate import absent_rows, all_rows, open_store
+from lvlmva.params import load_params
 from lvlmva_core.arrays import read_array, read_attrs, read_table, write_arrays, write_json
 from lvlmva_core.attribution import METHODS
-from lvlmva_core.config import Attribute, load_params
+from lvlmva_core.attribution.settings import Attribute
 from lvlmva_core.errors import InputError
 from lvlmva_core.models import load_checkpoint, weights_digest
 from lvlmva_core.progress import track
@@ -17,8 +20,6 @@ from lvlmva_core.samples import read_samples, rows_of_split
 from lvlmva_core.store import Store, digest
 from lvlmva_core.training import set_up_compute
 from stages.data import sample_tensors
-from stages.entry import run
-from stages.hydrate import absent_rows, all_rows, open_store
 
 KIND = "attributions"
 CHUNK = 16  # samples that are explained before they are put into the store: what a killed run loses at most
@@ -26,13 +27,13 @@ NAMED = 5  # worst samples that an error names
 
 
 def attribute(
-    params: Path, images: Path, samples: Path, alignment_set: Path, model: Path, out: Path, metrics: Path
+    params: Path, images: Path, samples: Path, alignment_set: Path, base: Path, attributions: Path, attribute_metrics: Path
 ) -> None:
     """Explain the ground-truth logit of every alignment sample."""
     loaded = load_params(params)
     config, method = loaded.attribute, METHODS[loaded.attribute.method]
     device = set_up_compute(loaded.compute.device, loaded.compute.threads)
-    classifier, spec = load_checkpoint(model, device)
+    classifier, spec = load_checkpoint(base, device)
     table = read_samples(samples)
     ids = sorted(read_table(alignment_set, ["id"])["id"])
     pixels, labels, _ = sample_tensors(images, table, ids, device)
@@ -60,7 +61,7 @@ def attribute(
     ]
 
     store = open_store()
-    absent = absent_rows(store, KIND, keys, str(out), _take_in)
+    absent = absent_rows(store, KIND, keys, str(attributions), _take_in)
     sys.stderr.write(f"attribute: {len(ids) - len(absent)} maps are there, {len(absent)} to compute\n")
     for first in track(range(0, len(absent), CHUNK), "attribute"):
         rows = absent[first : first + CHUNK]
@@ -88,8 +89,8 @@ def attribute(
         "method": config.method,
         "method_version": method.version,
     }
-    write_arrays(out, arrays, attrs)
-    write_json(metrics, {"attribute": _summary(config, arrays)})
+    write_arrays(attributions, arrays, attrs)
+    write_json(attribute_metrics, {"attribute": _summary(config, arrays)})
 
 
 def _check_completeness(config: Attribute, ids: list[str], errors: np.ndarray) -> None:

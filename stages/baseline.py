@@ -10,11 +10,12 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from lvlmva.entry import run
+from lvlmva.params import Dfr, Jtt, Params, Subg, load_params
 from lvlmva_core.arrays import write_json
 from lvlmva_core.baselines.dfr import refit_last_layer
 from lvlmva_core.baselines.jtt import error_rows, upweighted_rows
 from lvlmva_core.baselines.subg import balanced_rows
-from lvlmva_core.config import Dfr, Jtt, Params, Subg, load_params
 from lvlmva_core.metrics import group_accuracies, mean_and_std
 from lvlmva_core.models import (
     ModelSpec,
@@ -29,7 +30,6 @@ from lvlmva_core.models import (
 from lvlmva_core.samples import read_samples
 from lvlmva_core.training import accuracy, set_up_compute, train_classifier
 from stages.data import split_tensors
-from stages.entry import run
 
 Method = Literal["subg", "dfr", "jtt"]
 Split = tuple[Tensor, Tensor, pd.DataFrame]

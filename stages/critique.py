@@ -6,17 +6,19 @@ from pathlib import Path
 import numpy as np
 import typer
 
+from lvlmva.ask import ask_all
+from lvlmva.entry import run
+from lvlmva.params import Critique, load_params
 from lvlmva_core.arrays import read_array, read_attrs
-from lvlmva_core.config import Critique, load_params
 from lvlmva_core.errors import InputError
 from lvlmva_core.lvlm.calls import Call, Record, answer_text
 from lvlmva_core.lvlm.client import Client, Question, model_name
 from lvlmva_core.lvlm.critic import critic_call
 from lvlmva_core.lvlm.offline import criticise_by_oracle, criticise_by_rules
 from lvlmva_core.lvlm.prompts import load_critic_prompts
-from lvlmva_core.lvlm.records import Row, segmentation_digest, write_rows
-from lvlmva_core.overlap import ON_OBJECT
-from lvlmva_core.render import COLOUR_NAMES, regions_present
+from lvlmva_core.lvlm.records import Row, write_rows
+from lvlmva_core.regions import ON_OBJECT, regions_present, segmentation_digest
+from lvlmva_core.render import COLOUR_NAMES
 from lvlmva_core.samples import (
     read_class_names,
     read_images,
@@ -25,8 +27,6 @@ from lvlmva_core.samples import (
     read_spurious_masks,
     rows_of_ids,
 )
-from stages.ask import ask_all
-from stages.entry import run
 
 
 def critique(
@@ -37,7 +37,7 @@ def critique(
     attributions: Path,
     spurious_masks: Path,
     prompts: Path,
-    out: Path,
+    critiques: Path,
     dry_run: bool = False,
 ) -> None:
     """Have the regions of each alignment sample criticised."""
@@ -62,9 +62,9 @@ def critique(
     elif config.critic == "oracle":
         _ask_oracle(config, rows, label_maps, ids, attributions, spurious_masks, places)
     else:
-        _ask_model(config, rows, label_maps, pictures, class_names, prompts / config.prompts, out, dry_run)
+        _ask_model(config, rows, label_maps, pictures, class_names, prompts / config.prompts, critiques, dry_run)
     if not dry_run:
-        write_rows(out, rows)
+        write_rows(critiques, rows)
 
 
 def _row(config: Critique, sample: str, label_map: np.ndarray, status: str, label: int, class_names: list[str]) -> Row:
@@ -141,7 +141,7 @@ def _ask_model(
     pictures: np.ndarray,
     class_names: list[str],
     folder: Path,
-    out: Path,
+    critiques: Path,
     dry_run: bool,
 ) -> None:
     """Fill in the critiques of a model; after a dry run there are none."""

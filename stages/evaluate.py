@@ -8,10 +8,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from lvlmva.entry import run
+from lvlmva.params import Params, load_params
 from lvlmva_core.arrays import read_array, read_attrs, read_json, write_json
 from lvlmva_core.attribution import deep_lift_shap
 from lvlmva_core.baselines import SUPERVISION
-from lvlmva_core.config import Params, load_params
 from lvlmva_core.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from lvlmva_core.lvlm.records import VERDICT_FIELDS, read_rows
 from lvlmva_core.metrics import (
@@ -23,14 +24,13 @@ from lvlmva_core.metrics import (
     wilcoxon_test,
 )
 from lvlmva_core.models import load_checkpoint, penultimate_features, predict_logits
-from lvlmva_core.overlap import ON_OBJECT, Overlap, overlaps
 from lvlmva_core.ranking import output_entropy
+from lvlmva_core.regions import ON_OBJECT, Overlap, overlaps
 from lvlmva_core.report.diagnostics import embeddings_figure, entropy_figure
 from lvlmva_core.report.figures import save_figure
 from lvlmva_core.samples import read_class_names, read_object_masks, read_samples, read_spurious_masks, rows_of_ids
 from lvlmva_core.training import set_up_compute
 from stages.data import sample_tensors, split_tensors
-from stages.entry import run
 
 BASE = "base"
 TESTED = ("accuracy", "aga", "wga", "mu_align")

@@ -6,19 +6,19 @@ from typing import Any
 
 import typer
 
+from lvlmva.ask import ask_all
+from lvlmva.entry import run
+from lvlmva.params import Judge, load_params
 from lvlmva_core.arrays import write_json
-from lvlmva_core.config import Judge, load_params
 from lvlmva_core.lvlm.calls import Call
 from lvlmva_core.lvlm.client import Client, Question, model_name
 from lvlmva_core.lvlm.judge import Judged, ask_judge, judge_call
 from lvlmva_core.lvlm.offline import judge_by_rules
 from lvlmva_core.lvlm.prompts import load_judge_prompts
 from lvlmva_core.lvlm.records import CRITIQUE_FIELDS, Row, read_rows, write_rows
-from stages.ask import ask_all
-from stages.entry import run
 
 
-def judge(params: Path, critiques: Path, prompts: Path, out: Path, metrics: Path, dry_run: bool = False) -> None:
+def judge(params: Path, critiques: Path, prompts: Path, verdicts: Path, judge_metrics: Path, dry_run: bool = False) -> None:
     """Turn each critique into one verdict per region."""
     config = load_params(params).judge
     given = read_rows(critiques, CRITIQUE_FIELDS)
@@ -31,10 +31,10 @@ def judge(params: Path, critiques: Path, prompts: Path, out: Path, metrics: Path
         for place in places:
             _judge_by_rules(rows[place], given[place])
     else:
-        _ask_model(config, rows, given, places, prompts / config.prompts, out, dry_run)
+        _ask_model(config, rows, given, places, prompts / config.prompts, verdicts, dry_run)
     if not dry_run:
-        write_rows(out, rows)
-        write_json(metrics, {"judge": summarise(rows)})
+        write_rows(verdicts, rows)
+        write_json(judge_metrics, {"judge": summarise(rows)})
 
 
 def _row(critique: Row, config: Judge) -> Row:

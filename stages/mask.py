@@ -4,15 +4,16 @@ from pathlib import Path
 
 import typer
 
+from lvlmva.entry import run
+from lvlmva.params import load_params
 from lvlmva_core.arrays import read_array, read_attrs, write_arrays, write_json
-from lvlmva_core.config import load_params
 from lvlmva_core.errors import InputError
-from lvlmva_core.lvlm.records import VERDICT_FIELDS, read_rows, segmentation_digest
+from lvlmva_core.lvlm.records import VERDICT_FIELDS, read_rows
 from lvlmva_core.masks import assemble_masks, read_overrides
-from stages.entry import run
+from lvlmva_core.regions import segmentation_digest
 
 
-def mask(params: Path, segments: Path, verdicts: Path, overrides: Path, out: Path, metrics: Path) -> None:
+def mask(params: Path, segments: Path, verdicts: Path, overrides: Path, masks: Path, mask_metrics: Path) -> None:
     """Mask the regions that were judged spurious or irrelevant."""
     config = load_params(params).mask
     label_maps, attrs = read_array(segments, "segments"), read_attrs(segments)
@@ -42,7 +43,7 @@ def mask(params: Path, segments: Path, verdicts: Path, overrides: Path, out: Pat
             f"{len(result.left_out)} of {len(ids)} samples have no verdicts, more than mask.max_failed_share = "
             f"{config.max_failed_share}; first: {next(iter(sorted(result.left_out.items())))}"
         )
-    write_arrays(out, {"masks": result.masks}, {"ids": result.ids, "left_out": result.left_out})
+    write_arrays(masks, {"masks": result.masks}, {"ids": result.ids, "left_out": result.left_out})
     summary = {
         "critic": sorted(critic for critic, _ in judges),
         "judge": sorted(judge for _, judge in judges),
@@ -53,7 +54,7 @@ def mask(params: Path, segments: Path, verdicts: Path, overrides: Path, out: Pat
         "verdicts_overridden": result.overridden,
         "stale_overrides": len(result.stale),
     }
-    write_json(metrics, {"mask": summary})
+    write_json(mask_metrics, {"mask": summary})
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from lvlmva.entry import run
+from lvlmva.params import load_params
 from lvlmva_core.arrays import write_arrays, write_table
-from lvlmva_core.config import load_params
 from lvlmva_core.datasets import prepare_dataset
-from stages.entry import run
 
 
 def prepare(params: Path, images: Path, samples: Path, spurious_masks: Path) -> None:

@@ -4,21 +4,21 @@ from pathlib import Path
 
 import pandas as pd
 
+from lvlmva.entry import run
+from lvlmva.params import load_params
 from lvlmva_core.arrays import write_json, write_table
-from lvlmva_core.config import load_params
 from lvlmva_core.models import load_checkpoint, predict_logits
 from lvlmva_core.ranking import output_entropy, select_alignment_set
 from lvlmva_core.samples import read_samples
 from lvlmva_core.training import set_up_compute
 from stages.data import split_tensors
-from stages.entry import run
 
 
-def rank(params: Path, images: Path, samples: Path, model: Path, out: Path, metrics: Path) -> None:
+def rank(params: Path, images: Path, samples: Path, base: Path, alignment_set: Path, rank_metrics: Path) -> None:
     """Choose the training samples that are explained and corrected."""
     loaded = load_params(params)
     device = set_up_compute(loaded.compute.device, loaded.compute.threads)
-    classifier, _ = load_checkpoint(model, device)
+    classifier, _ = load_checkpoint(base, device)
     pixels, _, table = split_tensors(images, read_samples(samples), "train", device)
     logits = predict_logits(classifier, pixels)
     candidates = pd.DataFrame(
@@ -33,7 +33,7 @@ def rank(params: Path, images: Path, samples: Path, model: Path, out: Path, metr
     chosen = select_alignment_set(
         candidates, config.n_samples, config.strategy, stratify=config.stratify, seed=config.seed
     )
-    write_table(out, chosen)
+    write_table(alignment_set, chosen)
     members = table.set_index("id").loc[chosen["id"]]
     summary = {
         "strategy": config.strategy,
@@ -44,7 +44,7 @@ def rank(params: Path, images: Path, samples: Path, model: Path, out: Path, metr
         "samples_per_group": {str(k): int(n) for k, n in members["group"].value_counts().sort_index().items()},
         "entropy_largest_nats": float(chosen["entropy"].max()),
     }
-    write_json(metrics, {"rank": summary})
+    write_json(rank_metrics, {"rank": summary})
 
 
 if __name__ == "__main__":

@@ -8,9 +8,11 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
+from lvlmva.entry import run
+from lvlmva.params import Params, load_params
+from lvlmva.results import STAND_INS, before_and_after, judged_by
 from lvlmva_core.arrays import read_array, read_attrs, read_json
 from lvlmva_core.attribution import deep_lift_shap
-from lvlmva_core.config import Params, load_params
 from lvlmva_core.models import load_checkpoint
 from lvlmva_core.render import render_image, render_overlay, render_segmentation
 from lvlmva_core.report.figures import curves_figure, differences_figure, outcome_figure, panel_figure, save_figure
@@ -18,8 +20,6 @@ from lvlmva_core.report.page import Table, render_page
 from lvlmva_core.samples import read_class_names, read_images, read_samples, rows_of_ids
 from lvlmva_core.training import set_up_compute
 from stages.data import sample_tensors
-from stages.entry import run
-from stages.results import STAND_INS, before_and_after, judged_by
 
 
 def report(

@@ -7,22 +7,23 @@ from typing import Any
 
 import numpy as np
 
+from lvlmva.entry import run
+from lvlmva.hydrate import absent_rows, all_rows, open_store
+from lvlmva.params import load_params
 from lvlmva_core.arrays import read_array, read_attrs, write_arrays, write_json
-from lvlmva_core.config import Segment, load_params
 from lvlmva_core.errors import InputError
 from lvlmva_core.progress import track
 from lvlmva_core.samples import read_images, read_samples, rows_of_ids
 from lvlmva_core.segmentation.methods import SEGMENTERS
+from lvlmva_core.segmentation.settings import Segment
 from lvlmva_core.store import Store, digest
 from lvlmva_core.training import set_up_compute
-from stages.entry import run
-from stages.hydrate import absent_rows, all_rows, open_store
 
 KIND = "segmentations"
 CHUNK = 64  # samples that are segmented before they are put into the store: what a killed run loses at most
 
 
-def segment(params: Path, attributions: Path, images: Path, samples: Path, out: Path, metrics: Path) -> None:
+def segment(params: Path, attributions: Path, images: Path, samples: Path, segments: Path, segment_metrics: Path) -> None:
     """Cut each attribution map into regions."""
     loaded = load_params(params)
     config, segmenter = loaded.segment, SEGMENTERS[loaded.segment.method]
@@ -42,7 +43,7 @@ def segment(params: Path, attributions: Path, images: Path, samples: Path, out: 
     ]
 
     store = open_store()
-    absent = absent_rows(store, KIND, keys, str(out), take_in)
+    absent = absent_rows(store, KIND, keys, str(segments), take_in)
     sys.stderr.write(f"segment: {len(ids) - len(absent)} segmentations are there, {len(absent)} to compute\n")
     for first in track(range(0, len(absent), CHUNK), "segment"):
         rows = np.array(absent[first : first + CHUNK])
@@ -69,8 +70,8 @@ def segment(params: Path, attributions: Path, images: Path, samples: Path, out: 
             f"{attributions}: no sample has any positive attribution, so that there is nothing to segment; "
             "check `attribute` and the base model"
         )
-    write_arrays(out, arrays, attrs)
-    write_json(metrics, {"segment": _summary(config, arrays, status)})
+    write_arrays(segments, arrays, attrs)
+    write_json(segment_metrics, {"segment": _summary(config, arrays, status)})
 
 
 def take_in(version: Path, store: Store) -> None:

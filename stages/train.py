@@ -2,19 +2,19 @@
 
 from pathlib import Path
 
+from lvlmva.entry import run
+from lvlmva.hydrate import open_store
+from lvlmva.params import load_params
 from lvlmva_core import models, training
 from lvlmva_core.arrays import write_json
-from lvlmva_core.config import load_params
 from lvlmva_core.models import ModelSpec, build_model, load_weights, save_checkpoint, weights_digest
 from lvlmva_core.resume import Resume
 from lvlmva_core.samples import read_class_names, read_samples
 from lvlmva_core.training import set_up_compute, train_classifier
 from stages.data import split_tensors
-from stages.entry import run
-from stages.hydrate import open_store
 
 
-def train(params: Path, images: Path, samples: Path, out: Path, metrics: Path, curve: Path) -> None:
+def train(params: Path, images: Path, samples: Path, base: Path, train_metrics: Path, train_curve: Path) -> None:
     """Train the base model with cross-entropy."""
     loaded = load_params(params)
     config = loaded.train
@@ -48,10 +48,10 @@ def train(params: Path, images: Path, samples: Path, out: Path, metrics: Path, c
         seed=config.seed,
         checkpoint=resume.part("base"),
     )
-    save_checkpoint(out, spec, model)
-    curve.parent.mkdir(parents=True, exist_ok=True)
-    history.to_csv(curve, index=False)
-    write_json(metrics, {"train": history.iloc[-1].drop("epoch").to_dict()})
+    save_checkpoint(base, spec, model)
+    train_curve.parent.mkdir(parents=True, exist_ok=True)
+    history.to_csv(train_curve, index=False)
+    write_json(train_metrics, {"train": history.iloc[-1].drop("epoch").to_dict()})
     resume.clear()
 
 

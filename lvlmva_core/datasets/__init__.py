@@ -9,7 +9,7 @@ from types import MappingProxyType
 import numpy as np
 import pandas as pd
 
-from lvlmva_core.config import Prepare
+from lvlmva_core.datasets.settings import Prepare
 from lvlmva_core.errors import InputError
 from lvlmva_core.samples import COLUMNS
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lvlmva_core.config import Knee
 from lvlmva_core.datasets import Dataset, assemble
 from lvlmva_core.datasets.balance import choose_per_group, shares_to_counts
 from lvlmva_core.datasets.pictures import inside, opened, read_csv, read_picture
+from lvlmva_core.datasets.settings import Knee
 from lvlmva_core.errors import InputError
 
 CLASSES = ["healthy", "arthritic"]

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lvlmva_core.config import Skin
 from lvlmva_core.datasets import Dataset, assemble
 from lvlmva_core.datasets.balance import choose_per_group, shares_to_counts
 from lvlmva_core.datasets.pictures import inside, opened, read_coverage, read_csv, read_picture
+from lvlmva_core.datasets.settings import Skin
 from lvlmva_core.errors import InputError
 
 CLASSES = ["benign", "malignant"]

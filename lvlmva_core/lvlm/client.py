@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from lvlmva_core.config import Endpoint
 from lvlmva_core.errors import InputError
 from lvlmva_core.lvlm.calls import KIND, Call, CallStore, Record, make_record
+from lvlmva_core.lvlm.settings import Endpoint
 from lvlmva_core.store import canonical_json
 
 T = TypeVar("T")

@@ -2,11 +2,12 @@
 
 import numpy as np
 
-from lvlmva_core.config import Endpoint
 from lvlmva_core.lvlm.calls import Call, Message, Picture
 from lvlmva_core.lvlm.client import sampling_parameters
 from lvlmva_core.lvlm.prompts import Prompts
-from lvlmva_core.render import COLOUR_NAMES, regions_present, render_image, render_overlay, render_segmentation
+from lvlmva_core.lvlm.settings import Endpoint
+from lvlmva_core.regions import regions_present
+from lvlmva_core.render import COLOUR_NAMES, render_image, render_overlay, render_segmentation
 
 
 def critic_call(

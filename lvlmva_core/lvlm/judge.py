@@ -6,10 +6,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lvlmva_core.config import Endpoint
 from lvlmva_core.lvlm.calls import Call, Message, Record, answer_text
 from lvlmva_core.lvlm.client import CallFailedError, sampling_parameters
 from lvlmva_core.lvlm.prompts import Prompts
+from lvlmva_core.lvlm.settings import Endpoint
 
 AGAIN = (
     "This answer cannot be used: {problem}. Answer again with the JSON object alone: one entry for each of the "

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from lvlmva_core.overlap import ON_OBJECT, overlaps
-from lvlmva_core.render import COLOUR_NAMES, regions_present
+from lvlmva_core.regions import ON_OBJECT, overlaps, regions_present
+from lvlmva_core.render import COLOUR_NAMES
 
 BRIGHT = 25  # grey level from which a pixel is ink; the faintest decoy has 30
 CENTRAL = 0.35  # of the picture's sides; ink that comes no closer to the middle is not part of the stroke

@@ -1,12 +1,9 @@
 """Rows of critiques.jsonl and verdicts.jsonl: JSON lines, sorted by sample, the same bytes for the same content."""
 
-import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from lvlmva_core.errors import InputError
 
@@ -14,12 +11,6 @@ Row = dict[str, Any]
 
 CRITIQUE_FIELDS = {"sample", "segmentation", "critic", "regions", "critique", "failure"}
 VERDICT_FIELDS = {"sample", "segmentation", "critic", "judge", "verdicts", "failure"}
-
-
-def segmentation_digest(segments: np.ndarray) -> str:
-    """sha256 (hex) of a label map, uint8 (H, W): verdicts and overrides are tied to it."""
-    array = np.ascontiguousarray(segments, dtype=np.uint8)
-    return hashlib.sha256(f"{array.shape}".encode() + array.tobytes()).hexdigest()
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lvlmva_core.errors import InputError
-from lvlmva_core.overlap import NO_REGION
+from lvlmva_core.regions import NO_REGION
 from lvlmva_core.segmentation import em
 
 METHOD_VERSION = 1  # to be raised with any change that can move a pixel to another region

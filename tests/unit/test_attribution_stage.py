@@ -11,6 +11,7 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
+from lvlmva import hydrate
 from lvlmva_core.arrays import read_array, read_attrs, read_json, write_arrays, write_table
 from lvlmva_core.attribution import METHODS, deep_lift_shap, gradient
 from lvlmva_core.errors import InputError
@@ -19,7 +20,6 @@ from lvlmva_core.samples import to_unit_range
 from lvlmva_core.segmentation import fit_weighted_gmm
 from lvlmva_core.store import Store
 from stages import attribute as stage
-from stages import hydrate
 
 SPEC = ModelSpec("mlp", 2, 5, 5, 3, 16)
 N_BASELINES = 4

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from lvlmva_core.config import load_params
+from lvlmva.params import load_params
 from lvlmva_core.errors import InputError
 
 ROOT = Path(__file__).parents[2]

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from lvlmva_core.config import Prepare
 from lvlmva_core.datasets import Dataset, prepare_dataset
 from lvlmva_core.datasets.decoy import add_decoys, shade
+from lvlmva_core.datasets.settings import Prepare
 from lvlmva_core.errors import InputError
 from tests.data import needs_data
 

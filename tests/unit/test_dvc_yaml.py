@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from lvlmva_core.config import Params
+from lvlmva.params import Params
 
 ROOT = Path(__file__).parents[2]
 PIPELINE: dict[str, Any] = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())

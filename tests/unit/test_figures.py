@@ -8,9 +8,9 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
+from lvlmva.sweep import read_experiments, sweep
 from lvlmva_core.errors import InputError
 from lvlmva_core.report.figures import differences_figure, outcome_figure, sweep_figure
-from stages.sweep import read_experiments, sweep
 
 
 def test_differences_are_drawn_with_a_star_where_they_are_significant() -> None:

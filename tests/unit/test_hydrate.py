@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from lvlmva.hydrate import UnhydratedError, _from_cache, committed_versions, open_store, version_at_head
 from lvlmva_core.errors import InputError
 from lvlmva_core.store import Store
-from stages.hydrate import UnhydratedError, _from_cache, committed_versions, open_store, version_at_head
 
 
 def test_the_variable_says_where_the_store_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,10 +8,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from lvlmva_core.config import Knee, Prepare
 from lvlmva_core.datasets import Dataset, prepare_dataset
 from lvlmva_core.datasets.knee import JOINT_ROWS, add_tag, is_negative
 from lvlmva_core.datasets.pictures import inside, read_picture
+from lvlmva_core.datasets.settings import Knee, Prepare
 from lvlmva_core.errors import InputError
 from tests.data import needs_data
 

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lvlmva_core.config import Endpoint
 from lvlmva_core.lvlm.calls import Call, CallStore, Message, Picture, check_record, make_record
 from lvlmva_core.lvlm.client import sampling_parameters
+from lvlmva_core.lvlm.settings import Endpoint
 from lvlmva_core.store import Store, digest
 
 ENDPOINT: dict[str, Any] = {

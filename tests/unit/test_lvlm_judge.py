@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from lvlmva_core.config import Endpoint, load_params
+from lvlmva.params import load_params
 from lvlmva_core.datasets.knee import CLASSES as KNEE_CLASSES
 from lvlmva_core.datasets.skin import CLASSES as SKIN_CLASSES
 from lvlmva_core.errors import InputError
@@ -29,6 +29,7 @@ from lvlmva_core.lvlm.client import (
 from lvlmva_core.lvlm.critic import critic_call
 from lvlmva_core.lvlm.judge import judge_call, read_answer, verdict_schema
 from lvlmva_core.lvlm.prompts import load_critic_prompts, load_judge_prompts
+from lvlmva_core.lvlm.settings import Endpoint
 from tests.unit.test_lvlm_calls import ENDPOINT
 
 PROMPTS = Path(__file__).parents[2] / "prompts"

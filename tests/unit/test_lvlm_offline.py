@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from lvlmva_core.lvlm.offline import central_stroke, criticise_by_oracle, criticise_by_rules, judge_by_rules
-from lvlmva_core.lvlm.records import segmentation_digest
-from lvlmva_core.overlap import overlaps
-from lvlmva_core.render import COLOUR_NAMES, regions_present
+from lvlmva_core.regions import overlaps, regions_present, segmentation_digest
+from lvlmva_core.render import COLOUR_NAMES
 
 RULES = ("any", "half_of_feature", "majority_of_attribution")
 MAPS = npst.arrays(np.uint8, (5, 4), elements=st.sampled_from([0, 1, 2, 11, 255]))
@@ -183,7 +182,7 @@ def test_the_judge_refuses_prose_without_one_verdict_per_region(critique: str, r
 
 
 def test_the_digest_of_a_segmentation_is_the_one_that_overrides_are_tied_to() -> None:
-    from lvlmva_core.masks import segmentation_digest as of_the_masks
+    from lvlmva_core.regions import segmentation_digest as of_the_masks
 
     segments = np.arange(6, dtype=np.uint8).reshape(2, 3)
     assert segmentation_digest(segments) == of_the_masks(segments)

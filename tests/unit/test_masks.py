@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from lvlmva_core.errors import InputError
-from lvlmva_core.lvlm.records import segmentation_digest
 from lvlmva_core.masks import (
     Override,
     assemble_mask,
@@ -14,6 +13,7 @@ from lvlmva_core.masks import (
     random_masks_like,
     read_overrides,
 )
+from lvlmva_core.regions import segmentation_digest
 
 SEGMENTS = np.array([[0, 0, 1], [2, 1, 255]], dtype=np.uint8)
 

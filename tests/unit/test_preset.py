@@ -6,9 +6,9 @@ import pytest
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
-from lvlmva_core.config import load_params
+from lvlmva.params import load_params
+from lvlmva.preset import preset
 from lvlmva_core.errors import InputError
-from stages.preset import preset
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "presets").glob("*.yaml"))
@@ -88,6 +88,6 @@ def test_a_dry_run_and_a_mistake_write_nothing(params: Path) -> None:
 
 
 def test_the_command_line_knows_it() -> None:
-    from stages.cli import app
+    from lvlmva.cli import app
 
     assert "preset" in CliRunner().invoke(app, ["--help"]).output

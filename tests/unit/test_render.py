@@ -13,14 +13,13 @@ from PIL import Image
 from skimage.color import deltaE_ciede2000, rgb2lab
 from skimage.segmentation import find_boundaries
 
-from lvlmva_core.config import PALETTE_SIZE
+from lvlmva_core.regions import MAX_REGIONS, regions_present
 from lvlmva_core.render import (
     COLOUR_NAMES,
     LEAST_DIFFERENCE,
     PALETTE,
     contact_sheet,
     enlarge,
-    regions_present,
     render_image,
     render_overlay,
     render_segmentation,
@@ -56,7 +55,7 @@ def test_the_first_eight_colours_differ_for_everyone(deficiency: str | None) -> 
 def test_all_colours_differ_and_have_names_of_their_own() -> None:
     lab = rgb2lab(RGB)
     assert min(float(deltaE_ciede2000(one, other)) for one, other in itertools.combinations(lab, 2)) > 20
-    assert len(PALETTE) == PALETTE_SIZE == len(set(COLOUR_NAMES))
+    assert len(PALETTE) == MAX_REGIONS == len(set(COLOUR_NAMES))
 
 
 HUES = {"red": 25, "orange": 60, "yellow": 100, "green": 145, "cyan": 200, "blue": 285, "purple": 310, "pink": 0}
@@ -92,7 +91,7 @@ def test_images_of_one_and_three_channels() -> None:
         render_image(colour[:2])
 
 
-@pytest.mark.parametrize("n_regions", range(1, PALETTE_SIZE + 1))
+@pytest.mark.parametrize("n_regions", range(1, MAX_REGIONS + 1))
 @pytest.mark.parametrize("shape", [(28, 28), (60, 224), (300, 310)])
 def test_pixels_away_from_outlines_have_their_region_s_colour(n_regions: int, shape: tuple[int, int]) -> None:
     segments = voronoi(*shape, n_regions)

@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from lvlmva_core.config import Prepare, Skin
 from lvlmva_core.datasets import Dataset, prepare_dataset
+from lvlmva_core.datasets.settings import Prepare, Skin
 from lvlmva_core.datasets.skin import add_bandage
 from lvlmva_core.errors import InputError
 from tests.data import needs_data

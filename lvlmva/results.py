@@ -6,8 +6,8 @@ from typing import Any
 
 import typer
 
+from lvlmva.entry import run
 from lvlmva_core.arrays import read_json
-from stages.entry import run
 
 STAND_INS = ("rules", "oracle", "replay")
 NAMES = {

@@ -4,90 +4,24 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from lvlmva_core.attribution.settings import Attribute
+from lvlmva_core.datasets.settings import Prepare
 from lvlmva_core.errors import InputError
-
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
-
-PALETTE_SIZE = 12  # colours that a region can be named by; lvlmva_core.render holds them
+from lvlmva_core.lvlm.settings import Endpoint
+from lvlmva_core.segmentation.settings import Segment
+from lvlmva_core.settings import Count, NonNegative, Positive, Seed, Settings, Share
 
 
-class Section(BaseModel):
-    """A section of params.yaml: unknown keys and wrong types are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class Compute(Section):
+class Compute(Settings):
     """Where tensors live, and on how many CPU threads: both change the last bits of results."""
 
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")]
     threads: Count
 
 
-class Knee(Section):
-    """How many knees a class, and on which share of the training knees a lead marker stands.
-
-    val_groups: balanced, or as_training: with the shares of the training split.
-    """
-
-    train_per_class: Count
-    val_per_class: Count
-    test_per_class: Count
-    tag_share_healthy: Share
-    tag_share_arthritic: Share
-    val_groups: Literal["balanced", "as_training"] = "balanced"
-    negatives: Literal["leave_out", "invert"]
-
-
-class Skin(Section):
-    """How many lesions a class, which bandages, and on which share of the training pictures they lie.
-
-    val_groups: balanced, or as_training: with the shares of the training split.
-    """
-
-    train_per_class: Count
-    val_per_class: Count
-    test_per_class: Count
-    bandages: Literal["real", "pasted"]
-    bandage_share_benign: Share
-    bandage_share_malignant: Share
-    val_groups: Literal["balanced", "as_training"] = "balanced"
-
-    @model_validator(mode="after")
-    def _real_bandages_are_on_benign_lesions(self) -> "Skin":
-        if self.bandages == "real" and self.bandage_share_malignant > 0:
-            raise ValueError("bandage_share_malignant must be 0 with bandages 'real': no malignant lesion has one")
-        return self
-
-
-class Prepare(Section):
-    """Which dataset, and how it is split and decoyed. image_size and the own section are for knee and skin alone."""
-
-    dataset: Literal["decoy_digits", "decoy_mnist", "knee", "skin"]
-    root: str | None
-    seed: Seed
-    image_size: Annotated[int, Field(ge=32, le=1024)] | None = None
-    knee: Knee | None = None
-    skin: Skin | None = None
-
-    @model_validator(mode="after")
-    def _settings_fit_the_dataset(self) -> "Prepare":
-        own = {"knee": self.knee, "skin": self.skin}
-        for name, section in own.items():
-            if (section is None) == (self.dataset == name):
-                raise ValueError(f"dataset '{self.dataset}' needs its own section alone; see prepare.{name} in presets")
-        if (self.image_size is None) == (self.dataset in own):
-            raise ValueError("image_size must be set for knee and skin, and for no other dataset")
-        return self
-
-
-class Train(Section):
+class Train(Settings):
     """Cross-entropy training of the base model."""
 
     model: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
@@ -100,7 +34,7 @@ class Train(Section):
     seed: Seed
 
 
-class Rank(Section):
+class Rank(Settings):
     """Which training samples are explained and corrected."""
 
     strategy: Literal["low_entropy", "high_entropy", "random"]
@@ -109,83 +43,7 @@ class Rank(Section):
     seed: Seed
 
 
-class Attribute(Section):
-    """Explanation maps of the alignment samples."""
-
-    method: Literal["deep_lift_shap", "gradient", "gradient_x_input", "integrated_gradients"]
-    n_baselines: Count
-    batch_size: Count
-    completeness_tolerance: Positive
-    integration_steps: Count
-    seed: Seed
-
-
-class Segment(Section):
-    """Regions of each explanation map."""
-
-    method: Literal["ppeps_wgm", "sam", "slic", "grid"]
-    n_regions: Annotated[int, Field(ge=1, le=PALETTE_SIZE)]
-    choose: Literal["fixed", "bic", "held_out"]
-    n_starts: Count
-    n_superpixels: Count
-    sam_checkpoint: str | None
-    seed: Seed
-
-    @model_validator(mode="after")
-    def _method_has_what_it_needs(self) -> "Segment":
-        if self.method == "sam" and self.sam_checkpoint is None:
-            raise ValueError("segment.method 'sam' needs sam_checkpoint: a folder with a SAM in transformers' format")
-        if self.method != "ppeps_wgm" and self.choose != "fixed":
-            raise ValueError("segment.choose must be fixed: only ppeps_wgm has a likelihood to choose by")
-        return self
-
-
-_CREDENTIALS = ("api_key", "apikey", "api-key", "authorization", "secret", "password")
-
-
-def _keys_within(value: Any) -> list[str]:
-    if isinstance(value, dict):
-        return [str(key) for key in value] + [key for inner in value.values() for key in _keys_within(inner)]
-    return [key for inner in value for key in _keys_within(inner)] if isinstance(value, list) else []
-
-
-class Endpoint(Section):
-    """A model behind an OpenAI-compatible server. What is sent is part of a call's key; the rest is not."""
-
-    base_url: Annotated[str, Field(pattern=r"^https?://[^\s/?#@]+(:\d+)?(/[^\s?#]*)?(\?\S*)?$")]
-    model: Annotated[str, Field(min_length=1)]
-    revision: Annotated[str, Field(min_length=1)]
-    api_key_variable: Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*_API_KEY$")] | None
-    token_limit_name: Literal["max_tokens", "max_completion_tokens"]
-    token_limit: Count
-    temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None
-    seed: Seed | None
-    image_detail: Literal["auto", "low", "high"] | None
-    extra_body: dict[str, Any]
-    concurrency: Annotated[int, Field(ge=1, le=256)]
-    timeout_s: Positive
-    retries: Annotated[int, Field(ge=0, le=20)]
-    max_wait_s: Positive
-    usd_per_million_input_tokens: NonNegative
-    usd_per_million_output_tokens: NonNegative
-    max_calls: Annotated[int, Field(ge=0)]
-    max_cost_usd: NonNegative
-    allow_upload: bool
-    allow_unhydrated: bool
-
-    @model_validator(mode="after")
-    def _extra_body_is_plain(self) -> "Endpoint":
-        own = {"model", "messages", "response_format", "stream", "n", self.token_limit_name, "temperature", "seed"}
-        for key in self.extra_body:
-            if key in own:
-                raise ValueError(f"extra_body.{key} has a key of its own or is set by the stage; remove it there")
-        for key in _keys_within(self.extra_body):
-            if any(word in key.lower() for word in _CREDENTIALS):
-                raise ValueError(f"extra_body: {key} looks like a credential; name its variable in api_key_variable")
-        return self
-
-
-class Critique(Section):
+class Critique(Settings):
     """Who criticises the regions."""
 
     critic: Literal["rules", "oracle", "model", "replay"]
@@ -206,7 +64,7 @@ class Critique(Section):
         return self
 
 
-class Judge(Section):
+class Judge(Settings):
     """Who turns critiques into verdicts."""
 
     judge: Literal["rules", "model", "replay"]
@@ -223,13 +81,13 @@ class Judge(Section):
         return self
 
 
-class Mask(Section):
+class Mask(Settings):
     """How verdicts become masks."""
 
     max_failed_share: Share
 
 
-class Selection(Section):
+class Selection(Settings):
     """Choice of λ, and of the epoch, on the validation split. rrr_lambdas replaces rrr_lambda; [] keeps it.
 
     patience: epochs without a better score after which a run ends with its best epoch's weights; null = the last epoch.
@@ -242,7 +100,7 @@ class Selection(Section):
     seed: Seed
 
 
-class Align(Section):
+class Align(Settings):
     """RRR fine-tuning: λ belongs to inputs in [0, 1]. precision: of the steps; ReLU MLPs have only float32.
 
     batch_norm: train, or frozen: BatchNorm keeps the base model's statistics (`lvlmva_core.alignment`).
@@ -266,7 +124,7 @@ class Align(Section):
     penalty: Literal["log_probabilities", "contrast"] = "log_probabilities"
 
 
-class Subg(Section):
+class Subg(Settings):
     """SUBG: groups sub-sampled to the smallest, the model of `train` trained anew."""
 
     learning_rate: Positive
@@ -275,7 +133,7 @@ class Subg(Section):
     seeds: Annotated[list[Seed], Field(min_length=1)]
 
 
-class Dfr(Section):
+class Dfr(Settings):
     """DFR: the base model's last layer refitted on group-balanced samples of a split."""
 
     split: Literal["train", "val"]
@@ -284,7 +142,7 @@ class Dfr(Section):
     seeds: Annotated[list[Seed], Field(min_length=1)]
 
 
-class Jtt(Section):
+class Jtt(Settings):
     """JTT: a short training, its errors up-weighted, the model of `train` trained anew."""
 
     first_epochs: Annotated[list[Count], Field(min_length=1)]
@@ -296,7 +154,7 @@ class Jtt(Section):
     seeds: Annotated[list[Seed], Field(min_length=1)]
 
 
-class Baseline(Section):
+class Baseline(Settings):
     """The methods that LVLM-VA is compared with; all but jtt know what it does not: true masks or groups."""
 
     rrr_gt: Align
@@ -305,7 +163,7 @@ class Baseline(Section):
     jtt: Jtt
 
 
-class Control(Section):
+class Control(Settings):
     """What LVLM-VA must beat to mean anything: more training without a penalty, and masks that know less.
 
     random_masks: in random places of the pictures that the critic masked. random_pictures: of any pictures.
@@ -323,7 +181,7 @@ class Control(Section):
         return self
 
 
-class Evaluate(Section):
+class Evaluate(Settings):
     """What the metrics count."""
 
     overlap: Annotated[str, Field(pattern=r"^(any|half_of_feature|majority_of_attribution)$")]
@@ -332,13 +190,13 @@ class Evaluate(Section):
     seed: Seed
 
 
-class Report(Section):
+class Report(Settings):
     """What the figures show."""
 
     panel_samples: Annotated[int, Field(ge=8, le=64)]
 
 
-class Params(Section):
+class Params(Settings):
     """The whole of params.yaml."""
 
     compute: Compute

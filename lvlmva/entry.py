@@ -1,26 +1,29 @@
-"""How every stage is called: options from dvc.yaml, one line for a user's mistake."""
+"""How every stage is called: paths from dvc.yaml, one line for a user's mistake."""
 
 import functools
 import inspect
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from lvlmva.pipeline import paths
 from lvlmva_core.errors import InputError
 
 
 def run(stage: Callable[..., Any]) -> None:
     """Run `stage` as a command whose options are the function's parameters.
 
-    A user's mistake (InputError) is one line on stderr, exit code 1; Ctrl-C exits with 130.
+    A parameter that is a Path has the path of its name in dvc.yaml as default, so that the commands stay short. A
+    user's mistake (InputError) is one line on stderr, exit code 1; Ctrl-C exits with 130.
     """
     spec = sys.modules["__main__"].__spec__
     name = spec.name if spec else stage.__module__
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(help=stage.__doc__)(_with_options(stage))
     try:
+        app.command(help=stage.__doc__)(_with_options(stage))
         code = app(standalone_mode=False)  # typer returns the exit code of Ctrl-C instead of raising
     except InputError as error:
         typer.echo(f"error: {name.removeprefix('stages.')}: {' '.join(str(error).split())}", err=True)
@@ -38,10 +41,12 @@ def _with_options(stage: Callable[..., Any]) -> Callable[..., Any]:
     def command(**options: Any) -> Any:
         return stage(**options)
 
+    known = paths()
     signature = inspect.signature(stage, eval_str=True)
-    options = [
-        each.replace(annotation=Annotated[each.annotation, typer.Option()], kind=inspect.Parameter.KEYWORD_ONLY)
-        for each in signature.parameters.values()
-    ]
+    options = []
+    for each in signature.parameters.values():
+        default = Path(known[each.name]) if each.annotation is Path and each.name in known else each.default
+        annotation = Annotated[each.annotation, typer.Option()]
+        options.append(each.replace(annotation=annotation, kind=inspect.Parameter.KEYWORD_ONLY, default=default))
     command.__signature__ = signature.replace(parameters=options)  # type: ignore[attr-defined]
     return command

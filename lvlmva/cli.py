@@ -14,12 +14,12 @@ from urllib.parse import urlsplit
 
 import typer
 
+from lvlmva.ask import allow_host
+from lvlmva.hydrate import open_store
+from lvlmva.preset import preset
 from lvlmva_core.errors import InputError
 from lvlmva_core.lvlm.calls import KIND, CallStore, Record, check_record
 from lvlmva_core.store import canonical_json
-from stages.ask import allow_host
-from stages.hydrate import open_store
-from stages.preset import preset
 
 
 class App(typer.Typer):

@@ -8,10 +8,10 @@ from typing import Any
 
 import pandas as pd
 
+from lvlmva.entry import run
+from lvlmva.results import HEADINGS, NAMES, markdown_table
 from lvlmva_core.errors import InputError
 from lvlmva_core.report.figures import save_figure, sweep_figure
-from stages.entry import run
-from stages.results import HEADINGS, NAMES, markdown_table
 
 METHODS = ("lvlm_va", "random_masks", "rrr_gt")
 

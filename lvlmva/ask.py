@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import typer
 
-from lvlmva_core.config import Endpoint
+from lvlmva.hydrate import committed_versions, open_store, version_at_head
 from lvlmva_core.errors import InputError
 from lvlmva_core.lvlm.calls import Call, CallStore, Record, append_line, check_record
 from lvlmva_core.lvlm.client import (
@@ -31,7 +31,7 @@ from lvlmva_core.lvlm.client import (
     map_calls,
 )
 from lvlmva_core.lvlm.records import Row
-from stages.hydrate import committed_versions, open_store, version_at_head
+from lvlmva_core.lvlm.settings import Endpoint
 
 T = TypeVar("T")
 S = TypeVar("S")

@@ -10,7 +10,7 @@ import typer
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from lvlmva_core.config import load_params
+from lvlmva.params import load_params
 from lvlmva_core.errors import InputError
 
 DEFAULT = "decoy_digits"

@@ -1,5 +1,6 @@
-"""When a region counts as spurious: one rule, shared by the oracle critic and the metrics."""
+"""Regions of a label map: which are present, what names a segmentation, and when a region counts as spurious."""
 
+import hashlib
 from typing import Literal, get_args
 
 import numpy as np
@@ -7,6 +8,18 @@ import numpy as np
 Overlap = Literal["any", "half_of_feature", "majority_of_attribution"]
 ON_OBJECT: Overlap = "majority_of_attribution"  # the rule by which a region lies on the object that a class is about
 NO_REGION = 255  # label of a pixel that belongs to no region, in every label map
+MAX_REGIONS = 12  # colours that a region can be named by; `lvlmva_core.render` holds them
+
+
+def regions_present(segments: np.ndarray) -> list[int]:
+    """Regions that own a pixel of `segments` (H, W; 255 = none), rising. Only these are shown and asked about."""
+    return [int(region) for region in np.unique(segments) if region != NO_REGION]
+
+
+def segmentation_digest(segments: np.ndarray) -> str:
+    """sha256 (hex) of a label map, uint8 (H, W): verdicts and overrides are tied to it."""
+    array = np.ascontiguousarray(segments, dtype=np.uint8)
+    return hashlib.sha256(f"{array.shape}".encode() + array.tobytes()).hexdigest()
 
 
 def overlaps(segments: np.ndarray, spurious_mask: np.ndarray, attribution: np.ndarray, rule: str) -> dict[int, bool]:
@@ -38,7 +51,7 @@ def overlaps(segments: np.ndarray, spurious_mask: np.ndarray, attribution: np.nd
     feature = spurious_mask.astype(bool)
     effect = np.maximum(attribution.astype(np.float64), 0.0)
     result = {}
-    for region in (int(label) for label in np.unique(segments) if label != NO_REGION):
+    for region in regions_present(segments):
         inside = segments == region
         held = int((inside & feature).sum())
         if rule == "any":

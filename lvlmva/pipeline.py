@@ -1,0 +1,143 @@
+"""dvc.yaml: the names of its paths, and the code that each stage depends on.
+
+DVC does not follow imports. What a stage imports, directly or not, is written into its `deps` by `lvlmva deps`.
+"""
+
+import ast
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lvlmva_core.errors import InputError
+
+PIPELINE = Path("dvc.yaml")
+FLOORS = ("stages", "lvlmva", "lvlmva_core")
+# What decides nothing about the bytes of an output, or reaches DVC as params. All of `lvlmva` is left out too: it says
+# where things are and how people are told, never what comes out.
+NOT_TRACKED = re.compile(r"lvlmva/.*|lvlmva_core/(__init__|errors|progress|(.+/)?settings)\.py|stages/__init__\.py")
+
+
+def paths(pipeline: Path = PIPELINE) -> dict[str, str]:
+    """Name -> path, from `vars` of dvc.yaml, the only place that names paths; empty where there is no dvc.yaml."""
+    return {
+        name: path
+        for entry in _read(pipeline).get("vars", [])
+        if isinstance(entry, dict)
+        for name, path in entry.get("paths", {}).items()
+    }
+
+
+def import_closure(module: str, root: Path) -> list[Path]:
+    """Files of this project that running a module imports, anywhere in them, sorted; imports for types alone are not.
+
+    Args:
+        module: e.g. "stages.train". root: the folder that holds the packages.
+    """
+    seen: set[Path] = set()
+    todo = list(_files_of(module, root))
+    while todo:
+        current = todo.pop()
+        if current not in seen:
+            seen.add(current)
+            todo += _imports(current, root)
+    return sorted(seen)
+
+
+def code_of(module: str, root: Path) -> list[str]:
+    """The part of a module's import closure that decides what comes out, as paths relative to `root`."""
+    closure = (file.relative_to(root).as_posix() for file in import_closure(module, root))
+    return [name for name in closure if not NOT_TRACKED.fullmatch(name)]
+
+
+def deps(
+    check: Annotated[bool, typer.Option("--check", help="write nothing; fail where dvc.yaml is stale")] = False,
+    pipeline: Annotated[Path, typer.Option(help="the file to change")] = PIPELINE,
+) -> None:
+    """Write the code that each stage imports into dvc.yaml, since DVC does not follow imports."""
+    before = pipeline.read_text(encoding="utf-8")
+    after = with_code(before, pipeline.resolve().parent)
+    if after == before:
+        typer.echo(f"{pipeline}: every stage names the code that it imports")
+    elif check:
+        raise InputError(f"{pipeline}: stages import other modules than it names; write them with `lvlmva deps`")
+    else:
+        pipeline.write_text(after, encoding="utf-8")
+        typer.echo(f"{pipeline}: dependencies on code written anew")
+
+
+def with_code(text: str, root: Path) -> str:
+    """dvc.yaml with each stage's dependencies on code replaced by its import closure; comments and data stay.
+
+    A retrained method is a module of its own, which only that method's stage depends on.
+    """
+    yaml = _round_trip()
+    content = yaml.load(text)
+    for stage in content["stages"].values():
+        if "cmd" not in stage:  # inherits all from another by an anchor
+            continue
+        module = str(stage["cmd"]).split()[2]
+        listed = stage["deps"]
+        data = [dep for dep in listed if not str(dep).endswith(".py")]
+        own = [dep for dep in listed if str(dep).endswith(".py") and "${" in str(dep)]
+        listed[:] = [*data, *code_of(module, root), *own]
+    written = io.StringIO()
+    yaml.dump(content, written)
+    return written.getvalue()
+
+
+def _round_trip() -> Any:
+    from ruamel.yaml import YAML
+
+    yaml = YAML(pure=True)  # keeps comments
+    yaml.width = 1000  # and lines
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    yaml.preserve_quotes = True
+    return yaml
+
+
+def _read(pipeline: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        loaded = yaml.load(pipeline.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{pipeline}: cannot be read ({error}); restore it with `git checkout {pipeline}`") from error
+    return loaded if isinstance(loaded, dict) else {}
+
+
+def _files_of(module: str, root: Path) -> Iterator[Path]:
+    """The file of a module and those of the packages that importing it runs."""
+    parts = module.split(".")
+    for n in range(1, len(parts) + 1):
+        path = root.joinpath(*parts[:n])
+        for file in (path.with_suffix(".py"), path / "__init__.py"):
+            if file.is_file():
+                yield file
+
+
+def _imports(file: Path, root: Path) -> Iterator[Path]:
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node in _running(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        for name in names:
+            if name.split(".")[0] in FLOORS:
+                yield from _files_of(name, root)
+
+
+def _running(node: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but those under `if TYPE_CHECKING`."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING":
+            continue
+        yield child
+        yield from _running(child)
