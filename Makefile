@@ -22,7 +22,7 @@ setup: $(STAMP) ## install everything into .venv
 
 demo: $(STAMP) ## run the whole pipeline on the default data and print the table before/after
 	PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro
-	$(BIN)/python -m stages.results
+	$(BIN)/lvlmva results
 	@echo "Pictures and the page: reports/outcome.png, reports/panel.png, reports/report.html"
 
 test: $(STAMP) ## lint, type-check and run all tests

@@ -27,10 +27,11 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from lvlmva_core.alignment import AlignedRun, align_ensemble
+from lvlmva_core.compute import set_up_compute
 from lvlmva_core.datasets import prepare_dataset
 from lvlmva_core.datasets.settings import Prepare
 from lvlmva_core.models import ModelSpec, build_model
-from lvlmva_core.training import endless_batches, set_up_compute, train_classifier
+from lvlmva_core.training import endless_batches, train_classifier
 
 LAMBDAS = [1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0]
 SEEDS = list(range(7))

@@ -16,7 +16,10 @@ import typer
 
 from lvlmva.ask import allow_host
 from lvlmva.hydrate import open_store
+from lvlmva.pipeline import deps
 from lvlmva.preset import preset
+from lvlmva.results import results
+from lvlmva.sweep import sweep
 from lvlmva_core.errors import InputError
 from lvlmva_core.lvlm.calls import KIND, CallStore, Record, check_record
 from lvlmva_core.store import canonical_json
@@ -37,6 +40,9 @@ app = App(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=
 calls = typer.Typer(no_args_is_help=True, help="Calls to models: what was bought, and what would be.")
 app.add_typer(calls, name="calls")
 app.command()(preset)
+app.command()(results)
+app.command()(sweep)
+app.command()(deps)
 
 OLD_S = 3600  # a temporary file this old belongs to a killed process
 

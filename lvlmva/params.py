@@ -1,17 +1,23 @@
 """params.yaml as typed sections, one per stage; the only place that reads the file."""
 
 import difflib
+import importlib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from lvlmva_core.alignment.settings import AlignSettings
 from lvlmva_core.attribution.settings import Attribute
 from lvlmva_core.datasets.settings import Prepare
 from lvlmva_core.errors import InputError
 from lvlmva_core.lvlm.settings import Endpoint
+from lvlmva_core.methods import METHODS, SUBJECT
+from lvlmva_core.regions import Overlap
 from lvlmva_core.segmentation.settings import Segment
 from lvlmva_core.settings import Count, NonNegative, Positive, Seed, Settings, Share
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
 class Compute(Settings):
@@ -87,117 +93,36 @@ class Mask(Settings):
     max_failed_share: Share
 
 
-class Selection(Settings):
-    """Choice of λ, and of the epoch, on the validation split. rrr_lambdas replaces rrr_lambda; [] keeps it.
+class Explain(Settings):
+    """What is explained anew after alignment, for the report."""
 
-    patience: epochs without a better score after which a run ends with its best epoch's weights; null = the last epoch.
-    seed: of the draw of donors (pseudo_group).
-    """
-
-    rule: Literal["pseudo_group", "worst_group", "accuracy"]
-    rrr_lambdas: list[NonNegative]
-    patience: Count | None
-    seed: Seed
-
-
-class Align(Settings):
-    """RRR fine-tuning: λ belongs to inputs in [0, 1]. precision: of the steps; ReLU MLPs have only float32.
-
-    batch_norm: train, or frozen: BatchNorm keeps the base model's statistics (`lvlmva_core.alignment`).
-    max_gradient_norm: longer gradients are scaled down to it. learning_rate_schedule: linear falls to 0.
-    penalty: what is differentiated in the pixels, the summed log-probabilities (the paper's) or contrast, which a model
-    cannot meet by being unsure (`lvlmva_core.alignment.contrast_penalty`).
-    """
-
-    rrr_lambda: NonNegative
-    gamma: NonNegative
-    learning_rate: Positive
-    epochs: Count
-    alignment_batch: Count
-    training_batch: Count
-    seeds: Annotated[list[Seed], Field(min_length=1)]
-    selection: Selection | None = None
-    precision: Literal["float32", "bfloat16"] = "float32"
-    batch_norm: Literal["train", "frozen"] = "train"
-    max_gradient_norm: Positive | None = None
-    learning_rate_schedule: Literal["constant", "linear"] = "constant"
-    penalty: Literal["log_probabilities", "contrast"] = "log_probabilities"
-
-
-class Subg(Settings):
-    """SUBG: groups sub-sampled to the smallest, the model of `train` trained anew."""
-
-    learning_rate: Positive
-    batch_size: Count
-    epochs: Count
-    seeds: Annotated[list[Seed], Field(min_length=1)]
-
-
-class Dfr(Settings):
-    """DFR: the base model's last layer refitted on group-balanced samples of a split."""
-
-    split: Literal["train", "val"]
-    c_grid: Annotated[list[Positive], Field(min_length=1)]
-    n_refits: Count
-    seeds: Annotated[list[Seed], Field(min_length=1)]
-
-
-class Jtt(Settings):
-    """JTT: a short training, its errors up-weighted, the model of `train` trained anew."""
-
-    first_epochs: Annotated[list[Count], Field(min_length=1)]
-    up: Annotated[list[Count], Field(min_length=1)]
-    rule: Literal["accuracy", "worst_group"]
-    learning_rate: Positive
-    batch_size: Count
-    epochs: Count
-    seeds: Annotated[list[Seed], Field(min_length=1)]
-
-
-class Baseline(Settings):
-    """The methods that LVLM-VA is compared with; all but jtt know what it does not: true masks or groups."""
-
-    rrr_gt: Align
-    subg: Subg
-    dfr: Dfr
-    jtt: Jtt
-
-
-class Control(Settings):
-    """What LVLM-VA must beat to mean anything: more training without a penalty, and masks that know less.
-
-    random_masks: in random places of the pictures that the critic masked. random_pictures: of any pictures.
-    """
-
-    lambda_zero: Align
-    random_masks: Align
-    random_pictures: Align
-
-    @model_validator(mode="after")
-    def _lambda_zero_is_zero(self) -> "Control":
-        selection = self.lambda_zero.selection
-        if self.lambda_zero.rrr_lambda != 0 or (selection is not None and any(selection.rrr_lambdas)):
-            raise ValueError("lambda_zero.rrr_lambda must be 0: it is the control without a penalty")
-        return self
+    panel_samples: Annotated[int, Field(ge=8, le=64)]
 
 
 class Evaluate(Settings):
-    """What the metrics count."""
+    """What is asked of each method's models."""
 
-    overlap: Annotated[str, Field(pattern=r"^(any|half_of_feature|majority_of_attribution)$")]
     attribution_samples: Count
     robustness: bool = True
     seed: Seed
 
 
-class Report(Settings):
-    """What the figures show."""
+class Compare(Settings):
+    """What the metrics count."""
 
-    panel_samples: Annotated[int, Field(ge=8, le=64)]
+    overlap: Overlap
+
+
+class Report(Settings):
+    """What the page shows; nothing yet that could be set."""
 
 
 class Params(Settings):
-    """The whole of params.yaml."""
+    """The whole of params.yaml.
+
+    methods: those that fine-tune the base model on masks, and what differs from `align` in each. retrained: those of
+    the literature, and what differs from `train` (and from `align.seeds`).
+    """
 
     compute: Compute
     prepare: Prepare
@@ -208,11 +133,62 @@ class Params(Settings):
     critique: Critique
     judge: Judge
     mask: Mask
-    align: Align
-    baseline: Baseline
-    control: Control
+    align: AlignSettings
+    methods: dict[str, dict[str, Any]]
+    retrained: dict[str, dict[str, Any]]
+    explain: Explain
     evaluate: Evaluate
-    report: Report
+    compare: Compare
+    report: Report = Report()
+
+    def chosen_methods(self) -> dict[str, Settings]:
+        """Settings of each method after inheritance; a method that states rrr_lambda takes over no grid of them.
+
+        Raises:
+            InputError: a method that does not exist or stands in the wrong mapping, or a key that is wrong in it.
+        """
+        chosen: dict[str, Settings] = {}
+        inherited = self.align.model_dump()
+        for name, own in self.methods.items():
+            _check_method("methods", name, "penalty")
+            merged = {**inherited, **METHODS[name].fixed, **own}
+            if "rrr_lambda" in {**METHODS[name].fixed, **own} and "selection" not in own and merged["selection"]:
+                merged["selection"] = {**merged["selection"], "rrr_lambdas": []}
+            settings = _validated(AlignSettings, merged, f"methods.{name}")
+            if METHODS[name].fixed and settings.candidates() != [METHODS[name].fixed["rrr_lambda"]]:
+                raise InputError(f"methods.{name}: rrr_lambda must be {METHODS[name].fixed['rrr_lambda']:g}; remove it")
+            if settings.alignment_batch > self.rank.n_samples:
+                raise InputError(
+                    f"methods.{name}: alignment_batch = {settings.alignment_batch} is larger than the alignment set "
+                    f"(rank.n_samples = {self.rank.n_samples}); lower it in align"
+                )
+            chosen[name] = settings
+        known = {**self.train.model_dump(), "seeds": self.align.seeds}
+        for name, own in self.retrained.items():
+            _check_method("retrained", name, "retrained")
+            section: type[Settings] = importlib.import_module(f"lvlmva_core.baselines.{name}").Settings
+            merged = {key: value for key, value in known.items() if key in section.model_fields}
+            chosen[name] = _validated(section, {**merged, **own}, f"retrained.{name}")
+        if SUBJECT not in self.methods:
+            raise InputError(
+                f"methods: '{SUBJECT}' is missing, which all others are compared with; add '{SUBJECT}: {{}}'"
+            )
+        return chosen
+
+
+def _check_method(section: str, name: str, kind: str) -> None:
+    known = [each for each, method in METHODS.items() if method.kind == kind]
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        remedy = f"did you mean '{close[0]}'?" if close else f"known here: {', '.join(known)}"
+        raise InputError(f"unknown key '{section}.{name}'; {remedy}")
+
+
+def _validated(section: type[AnySettings], content: dict[str, Any], place: str) -> AnySettings:
+    try:
+        return section.model_validate(content)
+    except ValidationError as error:
+        raise InputError(_explain(error, section, f"{place}." if place else "")) from None
 
 
 def load_params(path: Path) -> Params:
@@ -233,29 +209,33 @@ def load_params(path: Path) -> Params:
     except YAMLError as error:
         raise InputError(f"{path}: not valid YAML: {error}") from error
     try:
-        return Params.model_validate(content)
-    except ValidationError as error:
-        raise InputError(f"{path}: {_explain(error)}") from None
+        params = _validated(Params, content, "")
+        params.chosen_methods()
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return params
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, section: type[Settings], place: str) -> str:
     """Say what the first error of a validation is, in one line that names the key and the remedy."""
     first = error.errors(include_url=False, include_context=True)[0]
-    key = ".".join(str(part) for part in first["loc"]) or "the file"
+    key = place + ".".join(str(part) for part in first["loc"]) or "the file"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
-        known = sorted(_fields_at(first["loc"][:-1]))
+        known = sorted(_fields_at(section, first["loc"][:-1]))
         close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
         remedy = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(known)}"
         return f"unknown key '{key}'; {remedy}{more}"
     if first["type"] == "missing":
         return f"key '{key}' is missing; add it (see presets/ for a complete file){more}"
     message = first["msg"].removeprefix("Value error, ")
+    if isinstance(first["input"], dict):  # a whole section: what is wrong comes first, its content would bury it
+        return f"'{key}': {message}{more}"
     return f"'{key}' = {first['input']!r}: {message[0].lower()}{message[1:]}{more}"
 
 
-def _fields_at(location: tuple[Any, ...]) -> list[str]:
-    model: Any = Params
+def _fields_at(section: type[Settings], location: tuple[Any, ...]) -> list[str]:
+    model: Any = section
     for part in location:
         field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
         if field is None:

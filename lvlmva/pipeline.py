@@ -53,6 +53,12 @@ def code_of(module: str, root: Path) -> list[str]:
     return [name for name in closure if not NOT_TRACKED.fullmatch(name)]
 
 
+def code_files(module: str) -> list[Path]:
+    """The files of `code_of` in the installed project: what names the work of a training that may go on later."""
+    root = Path(__file__).resolve().parents[1]
+    return [root / name for name in code_of(module, root)]
+
+
 def deps(
     check: Annotated[bool, typer.Option("--check", help="write nothing; fail where dvc.yaml is stale")] = False,
     pipeline: Annotated[Path, typer.Option(help="the file to change")] = PIPELINE,

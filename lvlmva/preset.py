@@ -14,6 +14,7 @@ from lvlmva.params import load_params
 from lvlmva_core.errors import InputError
 
 DEFAULT = "decoy_digits"
+WHOLE = ("methods", "retrained")  # say which run: what a preset does not name does not run
 
 
 def preset(
@@ -25,17 +26,20 @@ def preset(
 ) -> None:
     """Write a preset into params.yaml and show what changes.
 
-    An experiment's preset starts from the default preset, whatever params.yaml holds; one in a folder (critics/...) is
-    laid over params.yaml as it is.
+    A preset that names a data set starts from the default preset, whatever params.yaml holds; any other (critics/...,
+    all_methods) is laid over params.yaml as it is. Its `methods` and `retrained` replace those that are there.
     """
     before = params.read_text(encoding="utf-8") if params.exists() else ""
-    content = _load(params if "/" in name else presets / f"{DEFAULT}.yaml")
-    _lay_over(content, _load(_file(presets, name)), name)
+    layer = _load(_file(presets, name))
+    content = _load(presets / f"{DEFAULT}.yaml" if "prepare" in layer else params)
+    for choice in (key for key in WHOLE if key in layer):
+        content.pop(choice, None)
+    _lay_over(content, layer, name)
     for change in changes or []:
         key, separator, value = change.partition("=")
         if not separator:
             raise InputError(f"--set {change}: expected section.key=value")
-        layer: Any = YAML(typ="safe", pure=True).load(value)
+        layer = YAML(typ="safe", pure=True).load(value)
         for part in reversed(key.split(".")):
             layer = {part: layer}
         _lay_over(content, layer, f"--set {change}")

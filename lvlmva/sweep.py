@@ -1,22 +1,29 @@
-"""A sweep of experiments as a table and a figure: `python -m stages.sweep --experiments sweep.csv ...`."""
+"""A sweep of experiments as a table and a figure: `lvlmva sweep --experiments sweep.csv --setting ...`."""
 
 import sys
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
+import typer
 
-from lvlmva.entry import run
-from lvlmva.results import HEADINGS, NAMES, markdown_table
 from lvlmva_core.errors import InputError
+from lvlmva_core.methods import METHODS
+from lvlmva_core.metrics import METRICS
 from lvlmva_core.report.figures import save_figure, sweep_figure
+from lvlmva_core.report.tables import markdown_table
 
-METHODS = ("lvlm_va", "random_masks", "rrr_gt")
+SWEPT = ("lvlm_va", "random_masks", "rrr_gt")
 
 
-def sweep(experiments: Path, setting: str, also: str = "", out: Path = Path("reports/sweep.png")) -> None:
+def sweep(
+    experiments: Annotated[Path, typer.Option(help="what `dvc exp show --csv` wrote")],
+    setting: Annotated[str, typer.Option(help="a key of params.yaml, such as align.rrr_lambda")],
+    also: Annotated[str, typer.Option(help="further columns of that file, separated by commas")] = "",
+    out: Annotated[Path, typer.Option(help="the figure")] = Path("reports/sweep.png"),
+) -> None:
     """Print (as Markdown) and draw accuracy, WGA and μ_align of the experiments over a setting of params.yaml.
 
     `experiments` is what `dvc exp show --csv` wrote, `setting` a key such as align.rrr_lambda, `also` further columns
@@ -25,7 +32,7 @@ def sweep(experiments: Path, setting: str, also: str = "", out: Path = Path("rep
     """
     table, columns = read_experiments(experiments, setting, [name for name in also.split(",") if name])
     values = {
-        (x, f"{NAMES[method]}: {metric}"): f"{mean:.3f} ± {std:.3f}"
+        (x, f"{METHODS[method].label}: {metric}"): f"{mean:.3f} ± {std:.3f}"
         for x, method, metric, mean, std in table.itertuples(index=False)
     }
     found = pd.Series(values).unstack(sort=False)
@@ -55,16 +62,17 @@ def read_experiments(path: Path, setting: str, also: Sequence[str] = ()) -> tupl
             raise InputError(f"{path}: no column '{name}'; its first line names them all")
     shown = shown[shown["rev"] != "workspace"]  # the workspace repeats the last experiment that was applied
     rows = []
-    for method, metric in product(METHODS, ("accuracy", "wga", "mu_align")):
+    for method, metric in product(SWEPT, ("accuracy", "wga", "mu_align")):
         name = f"methods.{method}.test.{metric}"
         mean, std = (_column(shown, "metrics/evaluate.json", f"{name}.{part}") for part in ("mean", "std"))
         if mean is not None and std is not None:
             rows += [
-                (x, method, HEADINGS[metric], *values) for x, *values in shown[[key, mean, std]].itertuples(index=False)
+                (x, method, METRICS[metric].heading, *values)
+                for x, *values in shown[[key, mean, std]].itertuples(index=False)
             ]
     found = pd.DataFrame(rows, columns=["x", "method", "metric", "mean", "std"]).dropna()
     if found.empty:
-        raise InputError(f"{path}: no experiment has metrics of {', '.join(METHODS)}; run them with `dvc exp run`")
+        raise InputError(f"{path}: no experiment has metrics of {', '.join(SWEPT)}; run them with `dvc exp run`")
     columns = {name: shown[[key, name]].dropna().drop_duplicates(key).set_index(key)[name] for name in also}
     return found.drop_duplicates(["x", "method", "metric"], ignore_index=True), pd.DataFrame(columns)
 
@@ -78,7 +86,3 @@ def _cell(value: Any) -> str:
 def _column(shown: pd.DataFrame, file: str, key: str) -> str | None:
     """DVC names a column by its file only where several files have the key."""
     return next((name for name in (f"{file}:{key}", key) if name in shown), None)
-
-
-if __name__ == "__main__":
-    run(sweep)

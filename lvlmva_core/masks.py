@@ -145,26 +145,3 @@ def assemble_masks(
             f"no sample of the alignment set has verdicts ({reasons}); look at the segment and judge stages"
         )
     return MaskSet(usable, np.stack(masks), left_out, overridden, stale)
-
-
-def random_masks_like(masks: np.ndarray, seed: int) -> np.ndarray:
-    """Control: each mask shifted by a random offset, wrapping at the edges: the same area and form, another place.
-
-    They still lie on the pictures in which the critic rejected a region: see `masks_on_random_pictures`.
-
-    Args:
-        masks: bool (N, H, W).
-    """
-    rng = np.random.default_rng(seed)
-    height, width = masks.shape[1:]
-    offsets = zip(rng.integers(0, height, len(masks)), rng.integers(0, width, len(masks)), strict=True)
-    return np.stack([np.roll(mask, offset, axis=(0, 1)) for mask, offset in zip(masks, offsets, strict=True)])
-
-
-def masks_on_random_pictures(masks: np.ndarray, seed: int) -> np.ndarray:
-    """Control: `random_masks_like`, dealt to the samples at random, so that nothing is left of what the critic said.
-
-    Args:
-        masks: bool (N, H, W), empty ones among them; they are dealt as well.
-    """
-    return random_masks_like(masks, seed)[np.random.default_rng([seed, 1]).permutation(len(masks))]

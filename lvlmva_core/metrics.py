@@ -1,6 +1,8 @@
 """What is measured: group accuracies, alignment of attributions, quality of verdicts (LVLM-VA §5)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -77,37 +79,6 @@ def verdict_quality(judged_spurious: Sequence[bool], overlapping: Sequence[bool]
     }
 
 
-def mean_and_std(values: Sequence[float]) -> dict[str, float]:
-    """Mean and sample standard deviation (n - 1; 0 for a single value) over seeds."""
-    array = np.asarray(values, dtype=np.float64)
-    return {"mean": float(array.mean()), "std": float(array.std(ddof=1)) if array.size > 1 else 0.0}
-
-
-def wilcoxon_test(differences: Sequence[float]) -> dict[str, float | int]:
-    """Exact Wilcoxon signed-rank test of paired differences (LVLM-VA §5.2; scipy).
-
-    All 2^n signs are enumerated, so that ties are exact too; zero differences are left out. Above 16 differences
-    scipy's own choice of method is taken. With n = 7 the least two-sided p is 2 / 128 = 0.0156.
-
-    Returns:
-        n (differences that are not zero), p_two_sided, p_greater (one-sided: the differences lie above zero).
-    """
-    from scipy import stats
-
-    values = np.asarray(differences, dtype=np.float64)
-    values = values[values != 0]
-    n = len(values)
-    if n == 0:
-        return {"n": 0, "p_two_sided": 1.0, "p_greater": 1.0}
-    method = stats.PermutationMethod(n_resamples=2**n) if 1 < n <= 16 else "auto"
-    tests = {side: stats.wilcoxon(values, alternative=side, method=method).pvalue for side in ("two-sided", "greater")}
-    return {
-        "n": n,
-        "p_two_sided": min(1.0, float(tests["two-sided"])),
-        "p_greater": float(tests["greater"]),
-    }
-
-
 def entropy_auroc(entropies: ArrayLike, spurious: ArrayLike) -> float | None:
     """How well low entropy marks the samples with the spurious feature (LVLM-VA §4.1): area under the ROC curve.
 
@@ -130,3 +101,81 @@ def _columns(**columns: ArrayLike) -> pd.DataFrame:
     if len(lengths) != 1 or next(iter(lengths)) == (0,):
         raise ValueError(f"expected arrays of one equal length above 0, not {[a.shape for a in arrays.values()]}")
     return pd.DataFrame(arrays)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one model said of one split, and what is true of it.
+
+    predictions, labels: int (N,). spurious: bool (N,). groups: (N,) names. training_shares: name of a group -> its share
+    of the training split. maps, masks: attributions float (n, H, W) and true spurious masks bool (n, H, W) of some of
+    the samples, or None.
+    """
+
+    predictions: np.ndarray
+    labels: np.ndarray
+    spurious: np.ndarray
+    groups: np.ndarray
+    training_shares: "pd.Series[float]"
+    maps: np.ndarray | None
+    masks: np.ndarray | None
+
+
+class Metric(NamedTuple):
+    """A number that is taken of each model.
+
+    heading: of its column in tables, None for metrics that stand in the metrics file alone. tested: whether differences
+    between methods are tested. every_split: whether it is taken on every test split, or on `test` alone.
+    """
+
+    measure: Callable[[Measured], float | None]
+    heading: str | None
+    tested: bool
+    every_split: bool
+
+
+METRICS: dict[str, Metric] = {}
+
+
+def metric(
+    heading: str | None = None, *, tested: bool = False, every_split: bool = False
+) -> Callable[[Callable[[Measured], float | None]], Callable[[Measured], float | None]]:
+    """Enter a function as a metric under its own name; it gives None where the metric is not known."""
+
+    def enter(measure: Callable[[Measured], float | None]) -> Callable[[Measured], float | None]:
+        METRICS[measure.__name__] = Metric(measure, heading, tested, every_split)
+        return measure
+
+    return enter
+
+
+@metric("accuracy", tested=True, every_split=True)
+def accuracy(of: Measured) -> float:
+    """Share of samples that are right."""
+    return float((of.predictions == of.labels).mean())
+
+
+@metric("AGA", tested=True)
+def aga(of: Measured) -> float:
+    """Plain mean of the groups' accuracies (LVLM-VA §5)."""
+    return float(group_accuracies(of.predictions, of.labels, of.spurious)["accuracy"].mean())
+
+
+@metric("WGA", tested=True)
+def wga(of: Measured) -> float:
+    """Accuracy of the worst group (LVLM-VA §5)."""
+    return float(group_accuracies(of.predictions, of.labels, of.spurious)["accuracy"].min())
+
+
+@metric()
+def accuracy_weighted_by_training_groups(of: Measured) -> float:
+    """Mean of the groups' accuracies, each weighted by the group's share of the training split."""
+    by_group = pd.Series(of.predictions == of.labels).groupby(of.groups).mean()
+    shares = of.training_shares.reindex(by_group.index).fillna(0.0)
+    return float((by_group * shares).sum() / shares.sum())
+
+
+@metric("μ_align", tested=True)
+def mu_align(of: Measured) -> float | None:
+    """`alignment_score`; None where no true mask is known."""
+    return None if of.maps is None or of.masks is None else alignment_score(of.maps, of.masks)

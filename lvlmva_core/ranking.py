@@ -1,11 +1,15 @@
 """Output entropy, and the choice of the alignment set (LVLM-VA §4.1)."""
 
+from typing import Any, Literal, get_args
+
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
 from lvlmva_core.errors import InputError
+
+Strategy = Literal["low_entropy", "high_entropy", "random"]
 
 
 def output_entropy(logits: Tensor) -> Tensor:
@@ -31,7 +35,7 @@ def output_entropy(logits: Tensor) -> Tensor:
 
 
 def select_alignment_set(
-    candidates: pd.DataFrame, n_samples: int, strategy: str, *, stratify: bool, seed: int
+    candidates: pd.DataFrame, n_samples: int, strategy: Strategy, *, stratify: bool, seed: int
 ) -> pd.DataFrame:
     """Choose N samples from the candidates.
 
@@ -46,7 +50,10 @@ def select_alignment_set(
 
     Raises:
         InputError: N exceeds the candidates, or a class has too few for stratification.
+        ValueError: an unknown strategy.
     """
+    if strategy not in get_args(Strategy):
+        raise ValueError(f"strategy '{strategy}': expected one of {', '.join(get_args(Strategy))}")
     if n_samples > len(candidates):
         raise InputError(
             f"rank.n_samples = {n_samples} is larger than the training set ({len(candidates)} samples); lower it"
@@ -69,3 +76,37 @@ def select_alignment_set(
         table = table[place < table["label"].map(quota)]
     chosen = table.head(n_samples).assign(rank=np.arange(n_samples, dtype=np.int64))
     return chosen.sort_values("id", kind="stable", ignore_index=True)
+
+
+def summary_of(chosen: pd.DataFrame, training: pd.DataFrame) -> dict[str, Any]:
+    """What an alignment set is made of, for the metrics file.
+
+    Args:
+        chosen: as `select_alignment_set` returned it. training: rows of the sample table of the training split.
+    """
+    members = training.set_index("id").loc[chosen["id"]]
+    return {
+        "samples": len(chosen),
+        "share_with_spurious_feature": float(members["spurious"].mean()),
+        "share_with_spurious_feature_in_training": float(training["spurious"].mean()),
+        "samples_per_class": {str(k): int(n) for k, n in members["label"].value_counts().sort_index().items()},
+        "samples_per_group": {str(k): int(n) for k, n in members["group"].value_counts().sort_index().items()},
+        "entropy_largest_nats": float(chosen["entropy"].max()),
+    }
+
+
+def masked_share(attributions: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    """Share of each map's positive attribution that is masked, float64 (N,), 0..1.
+
+    Args:
+        attributions: float (N, H, W), each with some positive value. masks: bool (N, H, W).
+    """
+    positive = np.maximum(attributions, 0)
+    return (positive * masks).sum(axis=(1, 2)) / positive.sum(axis=(1, 2))
+
+
+def by_class_in_turn(shares: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Rows by falling share, class by class in turn, so that the first few show many classes."""
+    order = pd.DataFrame({"share": shares, "label": labels}).sort_values("share", ascending=False, kind="stable")
+    order["turn"] = order.groupby("label").cumcount()
+    return order.sort_values(["turn", "share"], ascending=[True, False], kind="stable").index.to_numpy()

@@ -7,7 +7,6 @@ import secrets
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -67,9 +66,9 @@ class Checkpoint:
 class Resume:
     """The checkpoints of one piece of work, which is named by everything that its result depends on."""
 
-    def __init__(self, store: Store, inputs: Any, code: Sequence[ModuleType], device: torch.device) -> None:
-        """Name the work by its inputs (JSON-able, with numpy arrays), the modules that do it, and torch's version."""
-        files = [digest_file(Path(str(module.__file__))) for module in code]
+    def __init__(self, store: Store, inputs: Any, code: Sequence[Path], device: torch.device) -> None:
+        """Name the work by its inputs (JSON-able, with numpy arrays), the files of the code that does it, and torch's version."""
+        files = [digest_file(file) for file in code]
         self._store = store
         self._work = digest({"inputs": inputs, "code": files, "torch": torch.__version__})
         self._device = device

@@ -1,6 +1,8 @@
 """The prepared data: one row a sample in samples.parquet, and the rows of images.zarr beside it."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -8,7 +10,23 @@ import pandas as pd
 from lvlmva_core.arrays import has_array, read_array, read_attrs, read_table
 from lvlmva_core.errors import InputError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 COLUMNS = ["id", "split", "label", "spurious", "group", "source", "sha256"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Samples that a model is run on.
+
+    images: float32 (N, C, H, W) in [0, 1]. labels: int64 (N,), on the same device. table: their rows of the sample
+    table, for what needs ids or groups.
+    """
+
+    images: "Tensor"
+    labels: "Tensor"
+    table: pd.DataFrame = field(default_factory=pd.DataFrame)
 
 
 def read_samples(path: Path) -> pd.DataFrame:
@@ -60,6 +78,14 @@ def read_spurious_masks(path: Path, rows: np.ndarray) -> tuple[np.ndarray, np.nd
         (masks, known): bool (N, H, W), True where the spurious feature lies; bool (N,), False where nobody knows.
     """
     return read_array(path, "spurious_masks", rows), read_array(path, "known", rows)
+
+
+def read_known_masks(path: Path, samples: pd.DataFrame, ids: list[str]) -> tuple[list[str], np.ndarray]:
+    """Those of `ids` whose true mask is known, and these masks, bool (n, H, W). Raises InputError where none is."""
+    masks, known = read_spurious_masks(path, rows_of_ids(samples, ids))
+    if not known.any():
+        raise InputError(f"{path}: no true mask is known for any of the {len(ids)} samples asked for")
+    return [sample for sample, is_known in zip(ids, known, strict=True) if is_known], masks[known]
 
 
 def read_object_masks(path: Path, rows: np.ndarray) -> np.ndarray | None:

@@ -1,8 +1,6 @@
 """Cross-entropy training, and the order in which samples are drawn."""
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 import pandas as pd
@@ -10,35 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lvlmva_core.compute import own_draws
 from lvlmva_core.errors import InputError
 from lvlmva_core.models import predict_logits
 from lvlmva_core.progress import track
-
-
-def set_up_compute(device: str, threads: int) -> torch.device:
-    """Fix the CPU threads, flush denormals (they slow a high-λ step tenfold), and return the device.
-
-    Raises:
-        InputError: a CUDA device is asked for where there is none.
-    """
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"compute.device: no CUDA device for '{device}' on this machine; set it to cpu")
-    # cuBLAS is deterministic only with a workspace of fixed size, which it reads when it starts
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(True)
-    torch.backends.cudnn.benchmark = False
-    # the same as use_deterministic_algorithms(True, warn_only=True), which imports a compiler first (2 s)
-    torch.set_deterministic_debug_mode("warn")
-    return torch.device(device)
-
-
-@contextmanager
-def own_draws(device: torch.device, seed: int, epoch: int) -> Iterator[None]:
-    """Layers that draw random numbers (dropout) take them from (seed, epoch); the global generators are restored."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed * 1_000_003 + epoch)
-        yield
+from lvlmva_core.samples import Split
 
 
 class Checkpointing(Protocol):
@@ -81,10 +55,8 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 def train_classifier(
     model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    val_images: Tensor,
-    val_labels: Tensor,
+    training: Split,
+    validation: Split,
     *,
     learning_rate: float,
     weight_decay: float = 0.0,
@@ -97,7 +69,7 @@ def train_classifier(
     """Train `model` in place with cross-entropy and Adam (decoupled weight decay); the model is left in eval mode.
 
     Args:
-        images: float32 (N, C, H, W) in [0, 1], on the model's device. labels: int64 (N,).
+        training, validation: on the model's device.
         rows: int64, on the CPU, what an epoch passes over; a row may stand there several times. None = each row once.
         checkpoint: of the same training; where it holds a state, the training goes on from there to the same bits.
 
@@ -108,6 +80,7 @@ def train_classifier(
     Raises:
         InputError: the loss stops being finite.
     """
+    images, labels = training.images, training.labels
     generator = torch.Generator().manual_seed(seed)
     rows = torch.arange(len(images)) if rows is None else rows
     seen = rows.unique()
@@ -142,7 +115,7 @@ def train_classifier(
                 "epoch": epoch,
                 "loss": total / len(rows),
                 "train_accuracy": accuracy(model, seen_images, seen_labels),
-                "val_accuracy": accuracy(model, val_images, val_labels),
+                "val_accuracy": accuracy(model, validation.images, validation.labels),
             }
         )
         if checkpoint:

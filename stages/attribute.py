@@ -13,13 +13,13 @@ from lvlmva.params import load_params
 from lvlmva_core.arrays import read_array, read_attrs, read_table, write_arrays, write_json
 from lvlmva_core.attribution import METHODS
 from lvlmva_core.attribution.settings import Attribute
+from lvlmva_core.compute import set_up_compute
 from lvlmva_core.errors import InputError
 from lvlmva_core.models import load_checkpoint, weights_digest
 from lvlmva_core.progress import track
 from lvlmva_core.samples import read_samples, rows_of_split
+from lvlmva_core.splits import read_sample_rows
 from lvlmva_core.store import Store, digest
-from lvlmva_core.training import set_up_compute
-from stages.data import sample_tensors
 
 KIND = "attributions"
 CHUNK = 16  # samples that are explained before they are put into the store: what a killed run loses at most
@@ -27,7 +27,13 @@ NAMED = 5  # worst samples that an error names
 
 
 def attribute(
-    params: Path, images: Path, samples: Path, alignment_set: Path, base: Path, attributions: Path, attribute_metrics: Path
+    params: Path,
+    images: Path,
+    samples: Path,
+    alignment_set: Path,
+    base: Path,
+    attributions: Path,
+    attribute_metrics: Path,
 ) -> None:
     """Explain the ground-truth logit of every alignment sample."""
     loaded = load_params(params)
@@ -36,7 +42,8 @@ def attribute(
     classifier, spec = load_checkpoint(base, device)
     table = read_samples(samples)
     ids = sorted(read_table(alignment_set, ["id"])["id"])
-    pixels, labels, _ = sample_tensors(images, table, ids, device)
+    shown = read_sample_rows(images, table, ids, device)
+    pixels, labels = shown.images, shown.labels
     training = rows_of_split(table, "train")
     if config.n_baselines > len(training):
         raise InputError(
@@ -44,7 +51,7 @@ def attribute(
         )
     drawn = np.sort(np.random.default_rng(config.seed).choice(training, config.n_baselines, replace=False))
     baseline_ids = table["id"].iloc[drawn].tolist()
-    baselines, _, _ = sample_tensors(images, table, baseline_ids, device)
+    baselines = read_sample_rows(images, table, baseline_ids, device).images
     common = digest(
         {
             "method": config.method,

@@ -18,7 +18,9 @@ from lvlmva_core.lvlm.prompts import load_judge_prompts
 from lvlmva_core.lvlm.records import CRITIQUE_FIELDS, Row, read_rows, write_rows
 
 
-def judge(params: Path, critiques: Path, prompts: Path, verdicts: Path, judge_metrics: Path, dry_run: bool = False) -> None:
+def judge(
+    params: Path, critiques: Path, prompts: Path, verdicts: Path, judge_metrics: Path, dry_run: bool = False
+) -> None:
     """Turn each critique into one verdict per region."""
     config = load_params(params).judge
     given = read_rows(critiques, CRITIQUE_FIELDS)

@@ -11,19 +11,21 @@ from lvlmva.entry import run
 from lvlmva.hydrate import absent_rows, all_rows, open_store
 from lvlmva.params import load_params
 from lvlmva_core.arrays import read_array, read_attrs, write_arrays, write_json
+from lvlmva_core.compute import set_up_compute
 from lvlmva_core.errors import InputError
 from lvlmva_core.progress import track
 from lvlmva_core.samples import read_images, read_samples, rows_of_ids
 from lvlmva_core.segmentation.methods import SEGMENTERS
 from lvlmva_core.segmentation.settings import Segment
 from lvlmva_core.store import Store, digest
-from lvlmva_core.training import set_up_compute
 
 KIND = "segmentations"
 CHUNK = 64  # samples that are segmented before they are put into the store: what a killed run loses at most
 
 
-def segment(params: Path, attributions: Path, images: Path, samples: Path, segments: Path, segment_metrics: Path) -> None:
+def segment(
+    params: Path, attributions: Path, images: Path, samples: Path, segments: Path, segment_metrics: Path
+) -> None:
     """Cut each attribution map into regions."""
     loaded = load_params(params)
     config, segmenter = loaded.segment, SEGMENTERS[loaded.segment.method]

@@ -5,13 +5,14 @@ from pathlib import Path
 from lvlmva.entry import run
 from lvlmva.hydrate import open_store
 from lvlmva.params import load_params
-from lvlmva_core import models, training
+from lvlmva.pipeline import code_files
 from lvlmva_core.arrays import write_json
+from lvlmva_core.compute import set_up_compute
 from lvlmva_core.models import ModelSpec, build_model, load_weights, save_checkpoint, weights_digest
 from lvlmva_core.resume import Resume
 from lvlmva_core.samples import read_class_names, read_samples
-from lvlmva_core.training import set_up_compute, train_classifier
-from stages.data import split_tensors
+from lvlmva_core.splits import read_split
+from lvlmva_core.training import train_classifier
 
 
 def train(params: Path, images: Path, samples: Path, base: Path, train_metrics: Path, train_curve: Path) -> None:
@@ -20,27 +21,25 @@ def train(params: Path, images: Path, samples: Path, base: Path, train_metrics: 
     config = loaded.train
     device = set_up_compute(loaded.compute.device, loaded.compute.threads)
     table = read_samples(samples)
-    pixels, labels, _ = split_tensors(images, table, "train", device)
-    val_pixels, val_labels, _ = split_tensors(images, table, "val", device)
-    channels, height, width = pixels.shape[1:]
+    training, validation = (read_split(images, table, split, device) for split in ("train", "val"))
+    channels, height, width = training.images.shape[1:]
     spec = ModelSpec(config.model, channels, height, width, len(read_class_names(images)), config.hidden)
     model = build_model(spec, config.seed)
     if config.weights is not None:
         load_weights(model, spec, config.weights)
     model.to(device)
+    tensors = (training.images, training.labels, validation.images, validation.labels)
     inputs = {
         "train": config.model_dump(),
         "compute": loaded.compute.model_dump(),
         "weights": weights_digest(model),
-        "tensors": [tensor.cpu().numpy() for tensor in (pixels, labels, val_pixels, val_labels)],
+        "tensors": [tensor.cpu().numpy() for tensor in tensors],
     }
-    resume = Resume(open_store(), inputs, [models, training], device)
+    resume = Resume(open_store(), inputs, code_files("stages.train"), device)
     history = train_classifier(
         model,
-        pixels,
-        labels,
-        val_pixels,
-        val_labels,
+        training,
+        validation,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         batch_size=config.batch_size,

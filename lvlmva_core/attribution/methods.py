@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lvlmva_core.attribution.deep_lift import Explanation, check_arguments, explain
-from lvlmva_core.attribution.tape import eval_mode
+from lvlmva_core.compute import eval_mode
 
 
 class Method(NamedTuple):

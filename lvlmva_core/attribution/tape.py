@@ -6,7 +6,7 @@ or a method, reused or in place. So nothing that depends on the input can be ove
 
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,10 +17,11 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lvlmva_core.compute import eval_mode
 from lvlmva_core.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    pass
 
 
 class UnsupportedOperationError(InputError):
@@ -299,20 +300,6 @@ def _place(names: dict[int, str]) -> str:
             line = f"{file.rsplit('/', 1)[-1]}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return ", ".join(part for part in (module, line) if part) or "the model"
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> "Iterator[None]":
-    """Eval mode for as long as the context lasts; each module's own mode is restored after."""
-    # flags are set one by one: a module's own train() may do more than set a flag
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _drop(tensor: Tensor) -> None:

@@ -2,12 +2,27 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
+from pydantic import Field
 
-from lvlmva_core.baselines.subg import balanced_rows
+from lvlmva_core.alignment.settings import Seeds
+from lvlmva_core.baselines import Retrained, Task
+from lvlmva_core.baselines.groups import balanced_rows
 from lvlmva_core.errors import InputError
+from lvlmva_core.settings import Count, Positive
+from lvlmva_core.settings import Settings as BaseSettings
+
+
+class Settings(BaseSettings):
+    """DFR: split: whose groups are known and balanced. c_grid: of the L1 penalty. n_refits: that are averaged."""
+
+    seeds: Seeds
+    split: Literal["train", "val"]
+    c_grid: Annotated[list[Positive], Field(min_length=1)]
+    n_refits: Count = 20
 
 
 @dataclass(frozen=True)
@@ -47,21 +62,21 @@ def refit_last_layer(
     sizes = np.bincount(group)
     if sizes.min() < 2 or len(np.unique(label)) < n_classes:
         raise InputError(
-            f"baseline.dfr: the smallest group of the split has {sizes.min()} samples, and it has "
+            f"dfr: the smallest group of the split has {sizes.min()} samples, and it has "
             f"{len(np.unique(label))} of {n_classes} classes; two samples and all classes are needed; use another split"
         )
     scores: dict[float, float] = {}
     if len(c_grid) > 1:
         held_out = _halves(group, np.random.default_rng([seed, 1]))
         for c in c_grid:
-            rows = np.flatnonzero(~held_out)[balanced_rows(group[~held_out], seed).numpy()]
+            rows = np.flatnonzero(~held_out)[balanced_rows(group[~held_out], seed)]
             weight, bias = _fit(features[rows], label[rows], c, seed)
             correct = (features[held_out] @ weight.T + bias).argmax(1) == label[held_out]
             scores[float(c)] = min(float(correct[group[held_out] == g].mean()) for g in np.unique(group[held_out]))
     best = max(scores, key=lambda c: scores[c]) if scores else float(c_grid[0])
     fits = []
     for refit in range(n_refits):
-        rows = balanced_rows(group, seed * 1_000_003 + 1 + refit).numpy()
+        rows = balanced_rows(group, seed * 1_000_003 + 1 + refit)
         fits.append(_fit(features[rows], label[rows], best, seed))
     return LastLayer(
         np.mean([weight for weight, _ in fits], axis=0), np.mean([bias for _, bias in fits], axis=0), best, scores
@@ -94,3 +109,34 @@ def _fit(features: np.ndarray, label: np.ndarray, c: float, seed: int) -> tuple[
     if n_classes == 2:  # the log-odds, shared between both logits
         weight, bias = np.stack([-weight[1], weight[1]]) / 2, np.array([-bias[1], bias[1]]) / 2
     return weight, bias
+
+
+def retrain(task: Task, settings: Settings) -> Retrained:
+    """The base model with its last layer refitted, for each seed."""
+    import torch
+
+    from lvlmva_core.models import last_linear, penultimate_features
+
+    split = task.training if settings.split == "train" else task.validation
+    groups = split.table["group"]
+    features = penultimate_features(task.base, split.images).cpu().numpy()
+    models, chosen = {}, {}
+    for seed in settings.seeds:
+        refitted = refit_last_layer(
+            features,
+            split.labels.cpu().numpy(),
+            groups.to_numpy(),
+            task.spec.n_classes,
+            c_grid=settings.c_grid,
+            n_refits=settings.n_refits,
+            seed=seed,
+        )
+        model = task.fresh(0)
+        model.load_state_dict(task.base.state_dict())
+        layer = last_linear(model)
+        with torch.no_grad():
+            layer.weight.copy_(torch.from_numpy(refitted.weight))
+            layer.bias.copy_(torch.from_numpy(refitted.bias))
+        models[seed] = model.eval()
+        chosen[str(seed)] = refitted.c
+    return Retrained(models, {"split": settings.split, "smallest_group": int(groups.value_counts().min()), "c": chosen})

@@ -2,3 +2,5 @@
 
 Nothing here imports torch.
 """
+
+STAND_INS = ("rules", "oracle", "replay")  # none of them is a vision-language model

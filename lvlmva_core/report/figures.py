@@ -10,28 +10,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-METHOD_NAMES = {
-    "base": "base",
-    "lambda_zero": "λ = 0 (control)",
-    "random_masks": "random masks (control)",
-    "random_pictures": "random pictures (control)",
-    "jtt": "JTT",
-    "subg": "SUBG (group labels)",
-    "dfr": "DFR (group labels)",
-    "lvlm_va": "LVLM-VA",
-    "rrr_gt": "RRR, true masks (bound)",
-}
-METHOD_COLORS = {
-    "base": "#7f7f7f",
-    "lambda_zero": "#bdbdbd",
-    "random_masks": "#d9b38c",
-    "random_pictures": "#ead7c0",
-    "jtt": "#9edae5",
-    "subg": "#c5b0d5",
-    "dfr": "#9467bd",
-    "lvlm_va": "#1f77b4",
-    "rrr_gt": "#2ca02c",
-}
+from lvlmva_core.methods import in_order, method
+from lvlmva_core.outputs import BASE
 
 
 def outcome_figure(bars: Mapping[str, Mapping[str, tuple[float, float]]], caption: str) -> Figure:
@@ -92,10 +72,10 @@ def sweep_figure(sweep: pd.DataFrame, setting: str) -> Figure:
     numeric = pd.api.types.is_numeric_dtype(sweep["x"])
     figure = Figure(figsize=(4 * len(metrics) + 1.5, 3.2), layout="constrained")
     for axes, metric in zip(np.atleast_1d(figure.subplots(1, len(metrics))), metrics, strict=True):
-        for method, rows in sweep[sweep["metric"] == metric].groupby("method", sort=False):
+        for name, rows in sweep[sweep["metric"] == metric].groupby("method", sort=False):
             if numeric:
                 rows = rows.sort_values("x")
-            style = {"color": METHOD_COLORS[str(method)], "label": METHOD_NAMES[str(method)]}
+            style = {"color": method(str(name)).color, "label": method(str(name)).label}
             axes.errorbar(rows["x"], rows["mean"], rows["std"], marker="o", markersize=4, capsize=3, **style)
         if numeric and 0 < 10 * sweep["x"].min() <= sweep["x"].max():
             axes.set_xscale("log")
@@ -154,13 +134,12 @@ def curves_figure(curves: Mapping[str, pd.DataFrame], base_accuracy: float) -> F
     """
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     axes = figure.subplots()
-    axes.axhline(base_accuracy, color=METHOD_COLORS["base"], linestyle="--", label="base")
-    for method, curve in curves.items():
+    axes.axhline(base_accuracy, color=method(BASE).color, linestyle="--", label=method(BASE).label)
+    for name in in_order(curves):
+        curve, color = curves[name], method(name).color
         over_seeds = curve.groupby("epoch")["val_accuracy"].agg(["mean", "min", "max"])
-        axes.plot(over_seeds.index, over_seeds["mean"], color=METHOD_COLORS[method], label=METHOD_NAMES[method])
-        axes.fill_between(
-            over_seeds.index, over_seeds["min"], over_seeds["max"], color=METHOD_COLORS[method], alpha=0.2, linewidth=0
-        )
+        axes.plot(over_seeds.index, over_seeds["mean"], color=color, label=method(name).label)
+        axes.fill_between(over_seeds.index, over_seeds["min"], over_seeds["max"], color=color, alpha=0.2, linewidth=0)
     axes.set_xlabel("epoch of alignment")
     axes.set_ylabel("validation accuracy")
     figure.legend(fontsize=8, frameon=False, loc="outside right center")
@@ -172,16 +151,16 @@ def _method_bars(
     bars: Mapping[str, Mapping[str, tuple[float, ...]]], margin: float, caption: str
 ) -> tuple[Figure, list[Axes], list[str]]:
     """One panel a metric, one bar a method with its whisker; the methods from top to bottom. `margin`: inches."""
-    methods = [name for name in METHOD_NAMES if name in next(iter(bars.values()))]
+    methods = in_order(next(iter(bars.values())))
     places = range(len(methods))
     figure = Figure(figsize=(10, 0.42 * len(methods) + margin), layout="constrained")
     _say(figure, caption, 9)
     panels = list(figure.subplots(1, len(bars), sharey=True, squeeze=False)[0])
     for axes, values in zip(panels, bars.values(), strict=True):
         means, deviations = zip(*(values[name][:2] for name in methods), strict=True)
-        axes.barh(places, means, xerr=deviations, capsize=3, color=[METHOD_COLORS[name] for name in methods])
+        axes.barh(places, means, xerr=deviations, capsize=3, color=[method(name).color for name in methods])
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_yticks(places, [METHOD_NAMES[name] for name in methods], fontsize=9)
+    panels[0].set_yticks(places, [method(name).label for name in methods], fontsize=9)
     panels[0].invert_yaxis()
     return figure, panels, methods
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import lvlmva_core.alignment as alignment
 from lvlmva_core.alignment import AlignedRun, align_classifier, align_ensemble, contrast_penalty, rrr_penalty
+from lvlmva_core.alignment.selection import by_accuracy
 from lvlmva_core.errors import InputError
 from lvlmva_core.resume import Resume
-from lvlmva_core.selection import by_accuracy
 from lvlmva_core.store import Store
 from lvlmva_core.training import endless_batches
 

@@ -4,15 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from lvlmva_core.controls import masks_on_random_pictures, random_masks_like
 from lvlmva_core.errors import InputError
-from lvlmva_core.masks import (
-    Override,
-    assemble_mask,
-    assemble_masks,
-    masks_on_random_pictures,
-    random_masks_like,
-    read_overrides,
-)
+from lvlmva_core.masks import Override, assemble_mask, assemble_masks, read_overrides
 from lvlmva_core.regions import segmentation_digest
 
 SEGMENTS = np.array([[0, 0, 1], [2, 1, 255]], dtype=np.uint8)

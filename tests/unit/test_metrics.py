@@ -5,14 +5,8 @@ import pytest
 from scipy import stats
 from sklearn.metrics import precision_score, recall_score
 
-from lvlmva_core.metrics import (
-    alignment_score,
-    entropy_auroc,
-    group_accuracies,
-    mean_and_std,
-    verdict_quality,
-    wilcoxon_test,
-)
+from lvlmva_core.metrics import alignment_score, entropy_auroc, group_accuracies, verdict_quality
+from lvlmva_core.statistics import mean_and_std, wilcoxon_test
 
 
 def test_group_accuracies_by_hand() -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lvlmva_core.compute import set_up_compute
 from lvlmva_core.efficientnet_lite import SameConv2d
 from lvlmva_core.errors import InputError
 from lvlmva_core.models import (
@@ -17,7 +18,7 @@ from lvlmva_core.models import (
     save_checkpoint,
     weights_digest,
 )
-from lvlmva_core.training import accuracy, set_up_compute, train_classifier
+from lvlmva_core.training import accuracy, train_classifier
 
 SPEC = ModelSpec("mlp", 1, 6, 5, n_classes=3, hidden=7)
 CPU = torch.device("cpu")

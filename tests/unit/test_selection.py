@@ -5,9 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lvlmva_core.alignment.selection import best_lambda, by_accuracy, by_pseudo_group, by_worst_group
 from lvlmva_core.errors import InputError
 from lvlmva_core.metrics import group_accuracies
-from lvlmva_core.selection import best_lambda, by_accuracy, by_pseudo_group, by_worst_group
 
 
 def _split(seed: int = 0, n: int = 60) -> tuple[Tensor, Tensor, Tensor, Tensor]:

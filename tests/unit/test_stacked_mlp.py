@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lvlmva_core.alignment import contrast_penalty, rrr_penalty
+from lvlmva_core.alignment.stacked_mlp import StackedMlp, linear_layers
 from lvlmva_core.models import Mlp, ModelSpec
-from lvlmva_core.stacked_mlp import StackedMlp, linear_layers
 
 CHANNELS, HEIGHT, WIDTH, CLASSES = 2, 3, 4, 5
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lvlmva_core.compute import own_draws, set_up_compute
 from lvlmva_core.errors import InputError
-from lvlmva_core.training import epoch_batches, own_draws, set_up_compute, train_classifier
+from lvlmva_core.training import epoch_batches, train_classifier
 
 N = 50
 

@@ -8,6 +8,8 @@ from torch.nn import functional
 
 from lvlmva_core.models import Mlp
 
+CLOSED_FORM = ("log_probabilities", "contrast")  # penalties of `lvlmva_core.alignment.penalties` that stand here too
+
 
 def linear_layers(model: nn.Module) -> list[tuple[str, nn.Linear]] | None:
     """Names and linear layers of a ReLU MLP, from the input to the logits; None for every other model.
@@ -77,7 +79,7 @@ class StackedMlp:
         masks: Tensor,
         rrr_lambda: Tensor | None,
         *,
-        contrast: bool = False,
+        penalty: str = "log_probabilities",
     ) -> tuple[Tensor, Tensor]:
         """Set the gradients of cross-entropy + λ penalty, both summed over a run's batch and divided by its size I.
 
@@ -87,11 +89,14 @@ class StackedMlp:
             labels: int64 (R, I).
             masks: (R, a, D) of the images' dtype, 1 where the gradient of the first `a` samples is to vanish.
             rrr_lambda: (R,), or None for no penalty at all.
-            contrast: the penalty is `alignment.contrast_penalty` in place of `alignment.rrr_penalty`.
+            penalty: one of CLOSED_FORM.
 
         Returns:
             cross_entropy (R,) and penalty (R,), both before λ; the penalty is 0 where λ is 0.
         """
+        if penalty not in CLOSED_FORM:
+            raise ValueError(f"penalty '{penalty}': expected one of {', '.join(CLOSED_FORM)}")
+        contrast = penalty == "contrast"
         size, n_classes, n_masked = labels.shape[1], self.weights[-1].shape[1], masks.shape[1]
         inputs, active = [rows[:, :size]], []
         for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
@@ -101,7 +106,7 @@ class StackedMlp:
         log_p = functional.log_softmax(_linear(inputs[-1], self.weights[-1], self.biases[-1]), dim=-1)
         p = log_p.exp()
         cross_entropy = -log_p.gather(2, labels[..., None]).sum((1, 2)) / size
-        penalty = torch.zeros_like(cross_entropy)
+        penalties = torch.zeros_like(cross_entropy)
         at_logits = (p - functional.one_hot(labels, n_classes)) / size  # d loss / d logits
 
         down: list[Tensor] = []
@@ -115,7 +120,7 @@ class StackedMlp:
             for weight, on in zip(reversed(self.weights[1:]), reversed(active), strict=True):
                 down.insert(0, torch.bmm(down[0], weight).mul_(on[:, :n_masked]))
             gradient = torch.bmm(down[0], self.weights[0]).mul_(masks)
-            penalty = gradient.square().sum((1, 2)) / size * (rrr_lambda > 0)
+            penalties = gradient.square().sum((1, 2)) / size * (rrr_lambda > 0)
             # d (λ penalty) / d (each of these derivatives), from the pixels up to the logits
             up = [torch.mul(gradient, 2 / size * rrr_lambda[:, None, None], out=rows[:, size:])]
             for weight, on in zip(self.weights[:-1], active, strict=True):
@@ -135,7 +140,7 @@ class StackedMlp:
             self.biases[layer].grad = at_output.sum(1)
             if layer:
                 at_output = torch.bmm(at_output, self.weights[layer]).mul_(active[layer - 1])
-        return cross_entropy, penalty
+        return cross_entropy, penalties
 
 
 def _copies(parameter: Tensor, n: int) -> Tensor:

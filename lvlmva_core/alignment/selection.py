@@ -3,12 +3,19 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lvlmva_core.errors import InputError
+from lvlmva_core.samples import Split
+from lvlmva_core.statistics import mean_and_std
+
+if TYPE_CHECKING:
+    from lvlmva_core.alignment.loop import AlignedRun
+    from lvlmva_core.alignment.settings import AlignSettings
 
 SUPERVISION = MappingProxyType(
     {
@@ -97,3 +104,71 @@ def by_pseudo_group(
 def best_lambda(scores: Mapping[float, Sequence[float]]) -> float:
     """The λ of the highest mean score over seeds; of equal ones the smallest, which changes the model least."""
     return min(scores, key=lambda rrr_lambda: (-float(np.mean(scores[rrr_lambda])), rrr_lambda))
+
+
+def selection_of(settings: "AlignSettings", validation: Split, alignment: Split, masks: Tensor) -> Selection | None:
+    """What the candidates are judged by, or None where nothing is chosen.
+
+    Args:
+        masks: bool (n, H, W), or (R, n, H, W) for runs with masks of their own, of which the first run's make the
+            pseudo-groups.
+    """
+    chosen = settings.selection
+    if chosen is None:
+        return None
+    images, labels = validation.images, validation.labels
+    if chosen.rule == "accuracy":
+        return by_accuracy(images, labels)
+    if chosen.rule == "worst_group":
+        has_spurious = torch.from_numpy(validation.table["spurious"].to_numpy(copy=True)).to(images.device)
+        return by_worst_group(images, labels, has_spurious)
+    donors = masks if masks.ndim == 3 else masks[0]
+    return by_pseudo_group(images, labels, alignment.images, alignment.labels, donors, chosen.seed)
+
+
+def best_runs(runs: "Sequence[AlignedRun]", settings: "AlignSettings") -> "list[AlignedRun]":
+    """The runs of the λ that is kept: the best by the selection, or the only one."""
+    by_lambda = _by_lambda(runs)
+    if settings.selection is None:
+        return by_lambda[settings.rrr_lambda]
+    return by_lambda[best_lambda({value: [one.score or 0.0 for one in those] for value, those in by_lambda.items()})]
+
+
+def summary_of(runs: "Sequence[AlignedRun]", settings: "AlignSettings") -> dict[str, Any]:
+    """For the metrics file. λ on two scales of its inputs: the squared gradient for pixels in 0..255 is smaller by 255².
+
+    Args:
+        runs: of every λ and seed.
+    """
+    best = best_runs(runs, settings)
+    rrr_lambda = best[0].rrr_lambda
+    summary: dict[str, Any] = {
+        "val_accuracy": _over_seeds(best)["val_accuracy"],
+        "rrr_lambda": {"inputs_0_to_1": rrr_lambda, "inputs_0_to_255": rrr_lambda * 255**2},
+        "penalty": settings.penalty,
+    }
+    if settings.selection is not None:
+        summary["selection"] = {
+            "rule": settings.selection.rule,
+            "supervision": SUPERVISION[settings.selection.rule],
+            "epoch": mean_and_std([one.epoch for one in best]),
+            "candidates": {f"lambda={value:g}": _over_seeds(those) for value, those in _by_lambda(runs).items()},
+        }
+    return summary
+
+
+def _by_lambda(runs: "Sequence[AlignedRun]") -> "dict[float, list[AlignedRun]]":
+    grouped: dict[float, list[AlignedRun]] = {}
+    for run in runs:
+        grouped.setdefault(run.rrr_lambda, []).append(run)
+    return grouped
+
+
+def _over_seeds(runs: "Sequence[AlignedRun]") -> dict[str, dict[str, float]]:
+    """Validation accuracy, and score where there is one, of the weights that are kept."""
+    rows = [one.curve.loc[one.curve["epoch"] == one.epoch].iloc[0] for one in runs]
+    return {
+        name: mean_and_std([float(row[name]) for row in rows])
+        for name in ("val_accuracy", "score")
+        if name in runs[0].curve
+    }

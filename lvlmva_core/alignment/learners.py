@@ -1,0 +1,230 @@
+"""What takes the steps of an alignment: any model by double backward, ReLU MLPs several at a time in closed form."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lvlmva_core.alignment.penalties import PENALTIES
+from lvlmva_core.alignment.stacked_mlp import StackedMlp
+from lvlmva_core.models import predict_logits
+
+if TYPE_CHECKING:
+    from lvlmva_core.alignment.settings import AlignSettings
+
+
+@dataclass(frozen=True)
+class Batches:
+    """What a group of runs learns from; `size` is the number of samples in a batch, I."""
+
+    images: Tensor
+    labels: Tensor
+    alignment_images: Tensor
+    alignment_labels: Tensor
+    masks: Tensor
+    size: int
+
+
+class Learner(Protocol):
+    """R runs that take their steps together."""
+
+    totals: Tensor  # float64 (R, 2): sums over steps of cross-entropy and penalty
+    optimizer: torch.optim.Adam
+
+    def step(self, rows: Tensor, chosen: Tensor) -> None:
+        """One step of every run on training samples `rows` (R, b) and alignment samples `chosen` (R, a)."""
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) -> (R, N, K), in eval mode."""
+
+    def weights(self, run: int) -> dict[str, Tensor]:
+        """A copy of a run's state dict."""
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a step changes."""
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned."""
+
+
+class Single:
+    """One run of any model, by double backward."""
+
+    def __init__(self, model: nn.Module, data: Batches, rrr_lambda: float, settings: "AlignSettings") -> None:
+        self.settings = settings
+        self.model = copy.deepcopy(model).to(memory_format=torch.channels_last)  # convolutions are faster so
+        self.data = data
+        self.rrr_lambda = rrr_lambda
+        self.masks = data.masks if data.masks.ndim == 3 else data.masks[0]
+        mixed = settings.precision == "bfloat16"
+        self.mixed = torch.autocast(data.images.device.type, torch.bfloat16, enabled=mixed)
+        self.optimizer = _adam(list(self.model.parameters()), settings.learning_rate)
+        self.totals = torch.zeros((1, 2), dtype=torch.float64, device=data.images.device)
+
+    def step(self, rows: Tensor, chosen: Tensor) -> None:
+        data = self.data
+        masked_images = data.alignment_images[chosen[0]]
+        targets = torch.cat([data.alignment_labels[chosen[0]], data.labels[rows[0]]])
+        self.model.train()
+        for module in self.model.modules() if self.settings.batch_norm == "frozen" else ():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        with self.mixed:
+            logits = self.model(torch.cat([masked_images, data.images[rows[0]]]))
+            cross_entropy = functional.cross_entropy(logits, targets, reduction="sum") / data.size
+            loss = cross_entropy
+            penalty = torch.zeros_like(cross_entropy)
+            if self.rrr_lambda:
+                penalty = self._penalty(masked_images, chosen[0]).sum() / data.size
+                loss = loss + self.rrr_lambda * penalty
+        if self.settings.gamma:
+            squares = [parameter.square().sum() for parameter in self.model.parameters()]
+            loss = loss + self.settings.gamma * torch.stack(squares).sum()
+        self.optimizer.zero_grad()
+        loss.backward()
+        if self.settings.max_gradient_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_gradient_norm)
+        self.optimizer.step()
+        self.totals += torch.stack([cross_entropy.detach(), penalty.detach()]).double()
+
+    def _penalty(self, images: Tensor, chosen: Tensor) -> Tensor:
+        labels = self.data.alignment_labels[chosen]
+        return PENALTIES[self.settings.penalty](self.model, images, self.masks[chosen], labels)
+
+    def logits(self, images: Tensor) -> Tensor:
+        self.model.eval()
+        return predict_logits(self.model, images)[None]
+
+    def weights(self, run: int) -> dict[str, Tensor]:
+        state = self.model.state_dict()
+        return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
+
+    def state(self) -> dict[str, Any]:
+        return {"model": self.weights(0), "optimizer": self.optimizer.state_dict()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+class Stack:
+    """Several runs of a ReLU MLP, with the gradient in closed form."""
+
+    def __init__(
+        self,
+        layers: Sequence[tuple[str, nn.Linear]],
+        data: Batches,
+        lambdas: Sequence[float],
+        settings: "AlignSettings",
+    ) -> None:
+        images = data.images
+        self.settings = settings
+        self.data = data
+        self.stack = StackedMlp(layers, len(lambdas))
+        self.rrr_lambda = torch.tensor(lambdas, dtype=images.dtype, device=images.device) if any(lambdas) else None
+        channels = data.masks.unsqueeze(-3).expand(*data.masks.shape[:-2], *images.shape[1:])
+        self.masks = channels.flatten(-3).to(images.dtype)
+        self.pixels = torch.cat([data.alignment_images, images]).flatten(1)  # one gather a step
+        self.run = torch.arange(len(lambdas), device=images.device)[:, None]
+        # the gradient of γ Σ θ² is 2 γ θ, which is what Adam calls weight decay; `_clip` adds it itself
+        decay = 2 * settings.gamma if settings.max_gradient_norm is None else 0.0
+        self.optimizer = _adam(self.stack.parameters(), settings.learning_rate, weight_decay=decay)
+        self.totals = torch.zeros((len(lambdas), 2), dtype=torch.float64, device=images.device)
+
+    def step(self, rows: Tensor, chosen: Tensor) -> None:
+        data = self.data
+        first = len(data.alignment_images)
+        places = torch.cat([chosen, rows + first, chosen], dim=1)  # the last ones only make room, see `backward`
+        batch = self.pixels.index_select(0, places.flatten()).view(*places.shape, -1)
+        targets = torch.cat([data.alignment_labels[chosen], data.labels[rows]], dim=1)
+        masks = self.masks[chosen] if self.masks.ndim == 2 else self.masks[self.run, chosen]
+        losses = self.stack.backward(batch, targets, masks, self.rrr_lambda, penalty=self.settings.penalty)
+        if self.settings.max_gradient_norm is not None:
+            self._clip(self.settings.max_gradient_norm)
+        self.optimizer.step()
+        self.totals += torch.stack(losses, dim=1).double()
+
+    def _clip(self, longest: float) -> None:
+        """What `clip_grad_norm_` does to one model, for each run."""
+        parameters = self.stack.parameters()
+        gradients = [
+            parameter.grad.add_(parameter, alpha=2 * self.settings.gamma)
+            for parameter in parameters
+            if parameter.grad is not None
+        ]
+        norms = torch.stack([gradient.flatten(1).square().sum(1) for gradient in gradients]).sum(0).sqrt()
+        factors = (longest / (norms + 1e-6)).clamp(max=1.0)
+        for gradient in gradients:
+            gradient.mul_(factors.view(-1, *[1] * (gradient.ndim - 1)))
+
+    def logits(self, images: Tensor) -> Tensor:
+        return self.stack.logits(images)
+
+    def weights(self, run: int) -> dict[str, Tensor]:
+        return self.stack.state_dict(run)
+
+    def state(self) -> dict[str, Any]:
+        return {"stack": self.stack.parameters(), "optimizer": self.optimizer.state_dict()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        for parameter, saved in zip(self.stack.parameters(), state["stack"], strict=True):
+            parameter.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+class Graphed:
+    """On a CUDA device, replays `step` as one CUDA graph; elsewhere calls it.
+
+    The first calls are ordinary steps on a side stream, as a capture asks for; the capture itself computes nothing, so
+    that no step is lost or taken twice.
+    """
+
+    eager_steps = 3
+
+    def __init__(self, step: Callable[[Tensor, Tensor], None], device: torch.device) -> None:
+        self.step = step
+        self.device = device
+        self.calls = 0
+        self.inputs: tuple[Tensor, Tensor] | None = None
+        self.graph: Any = None
+
+    def __call__(self, rows: Tensor, chosen: Tensor) -> None:
+        if self.device.type != "cuda":
+            self.step(rows, chosen)
+            return
+        if self.inputs is None:
+            self.inputs = rows.clone(), chosen.clone()
+        self.inputs[0].copy_(rows)
+        self.inputs[1].copy_(chosen)
+        self.calls += 1
+        if self.calls <= self.eager_steps:
+            side = torch.cuda.Stream(self.device)
+            side.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(side):
+                self.step(*self.inputs)
+            torch.cuda.current_stream(self.device).wait_stream(side)
+            return
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.step(*self.inputs)
+        self.graph.replay()
+
+
+def _adam(parameters: list[Tensor], learning_rate: float, weight_decay: float = 0.0) -> torch.optim.Adam:
+    on_cuda = parameters[0].device.type == "cuda"
+    # a captured graph reads the rate from a tensor, and so sees it change
+    rate = torch.tensor(learning_rate, device=parameters[0].device) if on_cuda else learning_rate
+    return torch.optim.Adam(parameters, lr=rate, weight_decay=weight_decay, fused=True, capturable=on_cuda)
+
+
+def set_learning_rate(optimizer: torch.optim.Adam, rate: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate

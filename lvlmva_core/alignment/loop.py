@@ -1,0 +1,218 @@
+"""RRR fine-tuning: cross-entropy plus a penalty on input gradients inside masks (LVLM-VA §4.4; Ross et al. 2017)."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from lvlmva_core.alignment.learners import Batches, Graphed, Learner, Single, Stack, set_learning_rate
+from lvlmva_core.alignment.selection import Selection
+from lvlmva_core.alignment.stacked_mlp import CLOSED_FORM, linear_layers
+from lvlmva_core.compute import own_draws
+from lvlmva_core.errors import InputError
+from lvlmva_core.progress import track
+from lvlmva_core.resume import Checkpoint, Resume
+from lvlmva_core.samples import Split
+from lvlmva_core.training import endless_batches
+
+if TYPE_CHECKING:
+    from lvlmva_core.alignment.settings import AlignSettings
+
+# Weights of the MLPs that are trained at a time. On a CPU a larger stack no longer stays in its caches between steps.
+CPU_STACK_BYTES = 8 << 20
+GPU_STACK_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class AlignedRun:
+    """One fine-tuned model.
+
+    weights: state dict of the last epoch, or of the best one where training may stop early. epoch: which that is
+    (from 1). curve: one row an epoch, as `align_ensemble` says. score: of these weights on the selection, or None.
+    """
+
+    rrr_lambda: float
+    seed: int
+    epoch: int
+    score: float | None
+    weights: dict[str, Tensor]
+    curve: pd.DataFrame
+
+
+def align_ensemble(
+    model: nn.Module,
+    training: Split,
+    alignment: Split,
+    masks: Tensor,
+    validation: Split,
+    settings: "AlignSettings",
+    *,
+    selection: Selection | None = None,
+    resume: Resume | None = None,
+) -> list[AlignedRun]:
+    """Fine-tune copies of `model` with the RRR loss and Adam, one for each (λ, seed) of `settings` (LVLM-VA §4.4).
+
+    A batch mixes `alignment_batch` masked samples with `training_batch` training samples (whose masks are empty); both
+    come from endless streams that run on across epochs, and an epoch is ceil(N_train / training_batch) steps. Both sums
+    of the loss are divided by the size of the whole batch. The penalty's forward runs in eval mode, the
+    cross-entropy's in train mode, so that only the latter moves running statistics.
+
+    The streams of a run depend on its seed alone. ReLU MLPs (`stacked_mlp.linear_layers`) are trained several at a time
+    with the gradient in closed form, every other model one after the other by double backward: which of the two
+    depends on the model and the penalty only, and the numbers agree up to rounding.
+
+    Args:
+        training: all training samples, on the model's device. alignment: n samples. validation: scores each epoch.
+        masks: bool (n, H, W) for all runs, or (R, n, H, W) for the R runs of `settings.runs()`.
+        selection: what the curve's `score` is measured on; `settings.selection.patience` needs it. A run ends after
+            `patience` epochs without a better score, and its best epoch's weights are kept; without patience the last
+            ones are.
+        resume: where to keep checkpoints, and to go on from them.
+
+    Returns:
+        In the order of `settings.runs()`. Curves hold epoch (from 1), cross_entropy and penalty (means over the epoch's
+        steps of both sums of the loss before λ; penalty is 0 where λ is), val_accuracy, and score if there is a
+        `selection`.
+
+    Raises:
+        InputError: the loss stops being finite, "bfloat16" for a ReLU MLP, or a batch larger than its source.
+        ValueError: patience without `selection`, or masks of another shape.
+    """
+    runs = settings.runs()
+    patience = None if settings.selection is None else settings.selection.patience
+    if patience is not None and selection is None:
+        raise ValueError("patience needs a selection to score each epoch on")
+    image = training.images.shape[2:]
+    each = (len(masks), *image) if masks.ndim == 3 else (len(runs), len(alignment.images), *image)
+    if masks.dtype != torch.bool or tuple(masks.shape) != each:
+        raise ValueError(f"masks must be bool {each}, not {masks.dtype} {tuple(masks.shape)}")
+    for name, available in (("alignment_batch", len(alignment.images)), ("training_batch", len(training.images))):
+        if getattr(settings, name) > available:
+            raise InputError(f"{name} is {getattr(settings, name)}, but there are {available} such samples; lower it")
+    layers = linear_layers(model) if settings.penalty in CLOSED_FORM else None
+    if linear_layers(model) is not None and settings.precision != "float32":
+        raise InputError(
+            f"precision: a ReLU MLP is trained in float32 only, not {settings.precision}; set it to float32"
+        )
+    groups = _groups(len(runs), 1 if layers is None else _stack_size(layers, training.images.device))
+    found = []
+    for group in groups:
+        data = Batches(
+            training.images,
+            training.labels,
+            alignment.images,
+            alignment.labels,
+            masks if masks.ndim == 3 else masks[group.start : group.stop],
+            settings.alignment_batch + settings.training_batch,
+        )
+        lambdas = [runs[n][0] for n in group]
+        learner: Learner
+        if layers is None:
+            learner = Single(model, data, lambdas[0], settings)
+        else:
+            learner = Stack(layers, data, lambdas, settings)
+        checkpoint = resume.part(f"runs {group.start} to {group.stop}") if resume else None
+        found += _train(learner, data, [runs[n] for n in group], validation, settings, selection, checkpoint)
+    return found
+
+
+def _train(
+    learner: Learner,
+    data: Batches,
+    runs: Sequence[tuple[float, int]],
+    validation: Split,
+    settings: "AlignSettings",
+    selection: Selection | None,
+    checkpoint: Checkpoint | None,
+) -> list[AlignedRun]:
+    """Train a group of runs from its checkpoint, or from the start, to its end."""
+    steps = math.ceil(len(data.images) / settings.training_batch)
+    epochs = settings.epochs
+    patience = None if settings.selection is None else settings.selection.patience
+    device = data.images.device
+    done = 0
+    curves: list[list[dict[str, float]]] = [[] for _ in runs]
+    best: list[dict[str, Any]] = [{"epoch": 0, "score": -math.inf, "weights": {}} for _ in runs]
+    saved = checkpoint.load() if checkpoint else None
+    if saved:
+        learner.load(saved["learner"])
+        done, curves, best = saved["epoch"], saved["curves"], saved["best"]
+    seeds = list(dict.fromkeys(seed for _, seed in runs))
+    n_all, n_masked, skip = len(data.images), len(data.alignment_images), done * steps
+    training = {seed: _stream(n_all, settings.training_batch, 2 * seed, skip) for seed in seeds}
+    alignment = {seed: _stream(n_masked, settings.alignment_batch, 2 * seed + 1, skip) for seed in seeds}
+    step = Graphed(learner.step, device)
+    name = f"seed {runs[0][1]}" if len(runs) == 1 else f"{len(runs)} runs"
+    for epoch in track(range(done + 1, epochs + 1), f"align, {name}"):
+        going = [n for n in range(len(runs)) if patience is None or len(curves[n]) < best[n]["epoch"] + patience]
+        if not going:
+            break
+        rows, chosen = (_epoch(streams, steps, runs).to(device) for streams in (training, alignment))
+        learner.totals.zero_()
+        with own_draws(device, runs[0][1], epoch):
+            for n in range(steps):
+                if settings.learning_rate_schedule == "linear":
+                    taken = (epoch - 1) * steps + n
+                    rate = settings.learning_rate * (1 - taken / (epochs * steps))
+                    set_learning_rate(learner.optimizer, rate)
+                step(rows[n], chosen[n])
+        totals = learner.totals.tolist()
+        for n in going:
+            if not all(math.isfinite(total) for total in totals[n]):
+                raise InputError(
+                    f"the loss is not finite in epoch {epoch} at λ = {runs[n][0]}; lower λ or the learning rate"
+                )
+        right = (learner.logits(validation.images).argmax(2) == validation.labels).double().mean(1).tolist()
+        scored = learner.logits(selection.images) if selection else None
+        for n in going:
+            row = {"epoch": epoch, "cross_entropy": totals[n][0] / steps, "penalty": totals[n][1] / steps}
+            row["val_accuracy"] = right[n]
+            if selection is not None and scored is not None:
+                row["score"] = selection.score(scored[n])
+                if patience is None:
+                    best[n] = {"epoch": epoch, "score": row["score"], "weights": {}}
+                elif row["score"] > best[n]["score"]:
+                    best[n] = {"epoch": epoch, "score": row["score"], "weights": learner.weights(n)}
+            curves[n].append(row)
+        if checkpoint:
+            state = {"learner": learner.state(), "epoch": epoch, "curves": curves, "best": best}
+            checkpoint.save(state, always=epoch == epochs)
+    return [
+        AlignedRun(
+            rrr_lambda,
+            seed,
+            best[n]["epoch"] if selection else len(curves[n]),
+            best[n]["score"] if selection else None,
+            best[n]["weights"] or learner.weights(n),
+            pd.DataFrame(curves[n]),
+        )
+        for n, (rrr_lambda, seed) in enumerate(runs)
+    ]
+
+
+def _stream(n_samples: int, batch_size: int, seed: int, skip: int) -> Iterator[Tensor]:
+    return endless_batches(n_samples, batch_size, torch.Generator().manual_seed(seed), skip)
+
+
+def _epoch(streams: dict[int, Iterator[Tensor]], steps: int, runs: Sequence[tuple[float, int]]) -> Tensor:
+    """Row numbers of an epoch's batches: (steps, R, batch). Runs of one seed draw the same."""
+    drawn = {seed: torch.stack([next(stream) for _ in range(steps)]) for seed, stream in streams.items()}
+    return torch.stack([drawn[seed] for _, seed in runs], dim=1)
+
+
+def _stack_size(layers: Sequence[tuple[str, nn.Linear]], device: torch.device) -> int:
+    """How many MLPs are trained at a time: on a CPU as many as its caches hold, on a GPU all that fit."""
+    size = sum(parameter.numel() * parameter.element_size() for _, layer in layers for parameter in layer.parameters())
+    return max(1, (GPU_STACK_BYTES if device.type == "cuda" else CPU_STACK_BYTES) // size)
+
+
+def _groups(n_runs: int, at_most: int) -> list[range]:
+    """Split 0..n_runs - 1 into as few ranges of nearly equal length as possible."""
+    n_groups = math.ceil(n_runs / at_most)
+    edges = [n_runs * n // n_groups for n in range(n_groups + 1)]
+    return [range(start, stop) for start, stop in pairwise(edges)]

@@ -1,0 +1,167 @@
+"""Every method against the others: metrics of each model, spread over seeds, tests, and the verdicts' quality.
+
+Pandas, scipy and files alone: no model is run, torch is not imported.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+import numpy as np
+import pandas as pd
+
+from lvlmva_core.errors import InputError
+from lvlmva_core.metrics import METRICS, Measured, entropy_auroc, group_accuracies, verdict_quality
+from lvlmva_core.outputs import BASE, Outputs
+from lvlmva_core.regions import ON_OBJECT, Overlap, overlaps
+from lvlmva_core.statistics import mean_and_std, wilcoxon_test
+
+SUBJECT = "lvlm_va"  # tested against every other method; the others against the base model
+
+Runs = dict[str, dict[str, dict[str, float]]]  # method -> seed -> "split.metric" -> value
+
+
+def measure(
+    outputs: Mapping[str, Outputs], samples: pd.DataFrame, masks: np.ndarray | None
+) -> tuple[Runs, pd.DataFrame]:
+    """Take every metric of every model.
+
+    Args:
+        outputs: method -> outputs on all test splits. samples: the sample table.
+        masks: bool (n, H, W), true spurious masks of the explained samples (`Outputs.map_ids`), or None.
+
+    Returns:
+        Values of each method, seed and "split.metric"; and the accuracy of each group of the split `test`: columns
+        label, spurious, count, accuracy, method, seed.
+
+    Raises:
+        InputError: a method was measured on other samples than the table has.
+    """
+    rows = samples[samples["split"].str.startswith("test")]
+    shares = samples.loc[samples["split"] == "train", "group"].value_counts(normalize=True)
+    values: Runs = {}
+    groups = []
+    for method, found in outputs.items():
+        if found.ids != rows["id"].tolist():
+            raise InputError(f"method '{method}' was evaluated on other samples; run `dvc repro`")
+        predictions = found.predictions()
+        values[method] = {}
+        for place, seed in enumerate(found.seeds):
+            maps = found.maps[:, place] if len(found.map_ids) else None
+            of_model: dict[str, float] = {}
+            for split, chosen in _places(rows).items():
+                table = rows.iloc[chosen]
+                measured = Measured(
+                    predictions[chosen, place],
+                    table["label"].to_numpy(),
+                    table["spurious"].to_numpy(),
+                    table["group"].to_numpy(),
+                    shares,
+                    maps,
+                    masks,
+                )
+                of_model |= _values(measured, split)
+                if split == "test":
+                    per_group = group_accuracies(measured.predictions, measured.labels, measured.spurious)
+                    groups.append(per_group.assign(method=method, seed=seed))
+                    corrupted = {name: predicted[:, place] for name, predicted in found.corrupted.items()}
+                    of_model |= _robustness(corrupted, measured.labels, of_model["test.accuracy"])
+            values[method][seed] = of_model
+    return values, pd.concat(groups, ignore_index=True)
+
+
+def _places(rows: pd.DataFrame) -> dict[str, np.ndarray]:
+    split = rows["split"].to_numpy()
+    return {name: np.flatnonzero(split == name) for name in sorted(set(split))}
+
+
+def _values(measured: Measured, split: str) -> dict[str, float]:
+    taken = {
+        f"{split}.{name}": metric.measure(measured)
+        for name, metric in METRICS.items()
+        if split == "test" or metric.every_split
+    }
+    return {name: value for name, value in taken.items() if value is not None}
+
+
+def _robustness(corrupted: Mapping[str, np.ndarray], labels: np.ndarray, accuracy: float) -> dict[str, float]:
+    """Accuracy under each corruption, the mean over severities, and how much that is below `accuracy`."""
+    values: dict[str, float] = {}
+    for name, predicted in corrupted.items():
+        under = float(np.mean([(predicted[:, severity] == labels).mean() for severity in range(predicted.shape[1])]))
+        values |= {f"robustness.{name}": under, f"robustness.{name}_drop": accuracy - under}
+    return values
+
+
+def over_seeds(values: Runs) -> dict[str, Any]:
+    """One number a metric for the one base model; mean and std over seeds for the others."""
+    summary: dict[str, Any] = {}
+    for method, by_seed in values.items():
+        runs = list(by_seed.values())
+        nested: dict[str, Any] = {}
+        for name in runs[0]:
+            split, metric = name.split(".")
+            taken = [run[name] for run in runs]
+            nested.setdefault(split, {})[metric] = taken[0] if method == BASE else mean_and_std(taken)
+        if method != BASE:
+            nested["seeds"] = len(runs)
+        summary[method] = nested
+    return summary
+
+
+def tests(values: Runs) -> dict[str, Any]:
+    """Wilcoxon tests over seeds: every method against the base model, SUBJECT against every other, by paired seeds."""
+    found: dict[str, Any] = {}
+    for method, by_seed in values.items():
+        others = [BASE] if method != SUBJECT else [other for other in values if other != method]
+        for other in others if method != BASE else []:
+            paired = sorted(seed for seed in by_seed if other == BASE or seed in values[other])
+            for name in (name for name, metric in METRICS.items() if metric.tested):
+                key = f"test.{name}"
+                if key not in values[BASE][""] or not paired:
+                    continue
+                against = [values[other]["" if other == BASE else seed][key] for seed in paired]
+                differences = [by_seed[seed][key] - value for seed, value in zip(paired, against, strict=True)]
+                tested = {**wilcoxon_test(differences), "difference": mean_and_std(differences)}
+                found.setdefault(method, {}).setdefault(name, {})[other] = tested
+    return found
+
+
+def entropy_summary(entropies: np.ndarray, spurious: np.ndarray, label: np.ndarray) -> dict[str, Any]:
+    """How well the base model's entropy on the training split marks the spurious feature, overall and per class."""
+    per_class = {str(k): entropy_auroc(entropies[label == k], spurious[label == k]) for k in np.unique(label)}
+    return {"auroc": entropy_auroc(entropies, spurious), "auroc_per_class": per_class}
+
+
+def verdicts_against_truth(
+    verdicts: Sequence[Mapping[int, str] | None],
+    segments: np.ndarray,
+    attributions: np.ndarray,
+    spurious_masks: np.ndarray,
+    known: np.ndarray,
+    object_masks: np.ndarray | None,
+) -> dict[str, Any]:
+    """Precision and recall of verdicts under each overlap rule, over samples whose true mask is known.
+
+    Args:
+        verdicts: of each sample, region -> "yes" | "no"; None where they failed.
+        segments: uint8 (N, H, W). attributions: float (N, H, W). spurious_masks: bool (N, H, W). known: bool (N,).
+        object_masks: bool (N, H, W), then it is also counted which regions off the object were rejected; or None.
+    """
+    summary: dict[str, Any] = {}
+    for rule in get_args(Overlap):
+        judged, truth = [], []
+        for row, given in enumerate(verdicts):
+            if given is not None and known[row]:
+                overlapping = overlaps(segments[row], spurious_masks[row], attributions[row], rule)
+                judged += [verdict == "no" for verdict in given.values()]
+                truth += [overlapping[region] for region in given]
+        summary[f"overlap_{rule}"] = verdict_quality(judged, truth)
+    if object_masks is not None:  # the other question that a critic may have been asked: what lies on the object?
+        judged, truth = [], []
+        for row, given in enumerate(verdicts):
+            if given is not None:
+                on_object = overlaps(segments[row], object_masks[row], attributions[row], ON_OBJECT)
+                judged += [verdict == "no" for verdict in given.values()]
+                truth += [not on_object[region] for region in given]
+        summary["off_object"] = verdict_quality(judged, truth)
+    return summary

@@ -1,0 +1,50 @@
+"""How a model is run: device and threads, eval mode, random draws of its own."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from lvlmva_core.errors import InputError
+
+
+def set_up_compute(device: str, threads: int) -> torch.device:
+    """Fix the CPU threads, flush denormals (they slow a high-λ step tenfold), and return the device.
+
+    Raises:
+        InputError: a CUDA device is asked for where there is none.
+    """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"compute.device: no CUDA device for '{device}' on this machine; set it to cpu")
+    # cuBLAS is deterministic only with a workspace of fixed size, which it reads when it starts
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    torch.backends.cudnn.benchmark = False
+    # the same as use_deterministic_algorithms(True, warn_only=True), which imports a compiler first (2 s)
+    torch.set_deterministic_debug_mode("warn")
+    return torch.device(device)
+
+
+@contextmanager
+def own_draws(device: torch.device, seed: int, epoch: int) -> Iterator[None]:
+    """Layers that draw random numbers (dropout) take them from (seed, epoch); the global generators are restored."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed * 1_000_003 + epoch)
+        yield
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode for as long as the context lasts; each module's own mode is restored after."""
+    # flags are set one by one: a module's own train() may do more than set a flag
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

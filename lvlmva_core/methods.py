@@ -1,0 +1,60 @@
+"""Every method that can stand in a table or figure: the only list. Their order is that of tables and figures."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+from lvlmva_core.comparison import SUBJECT
+from lvlmva_core.outputs import BASE
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the tables.
+
+    kind: "base"; "penalty": fine-tunes the base model on masks, which `lvlmva_core.controls.MASK_SOURCES` makes for it;
+        "retrained": trains anew or refits, by `lvlmva_core/baselines/<name>.py`.
+    supervision: what it needs beside class labels.
+    fixed: settings that make it what it is.
+    """
+
+    label: str
+    color: str
+    kind: Literal["base", "penalty", "retrained"]
+    supervision: str
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {
+        BASE: Method("base model", "#7f7f7f", "base", "none"),
+        "lambda_zero": Method("control: λ = 0", "#bdbdbd", "penalty", "none", {"rrr_lambda": 0.0}),
+        "random_masks": Method(
+            "control: random masks", "#d9b38c", "penalty", "which pictures LVLM-VA masks, and how much of each"
+        ),
+        "random_pictures": Method("control: random pictures", "#ead7c0", "penalty", "area of LVLM-VA's masks"),
+        "jtt": Method("JTT", "#9edae5", "retrained", "none in training; in validation what jtt.rule says"),
+        "subg": Method("SUBG (group labels)", "#c5b0d5", "retrained", "group labels in training"),
+        "dfr": Method("DFR (group labels)", "#9467bd", "retrained", "group labels of the split that it is refitted on"),
+        SUBJECT: Method("LVLM-VA", "#1f77b4", "penalty", "a description per class; verdicts of the critic"),
+        "rrr_gt": Method(
+            "RRR with true masks (bound)", "#2ca02c", "penalty", "true spurious masks of the alignment set"
+        ),
+    }
+)
+
+
+def method(name: str) -> Method:
+    """The method of that name. Raises ValueError where there is none: a table drops nothing."""
+    if name not in METHODS:
+        raise ValueError(f"no method '{name}'; known: {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names in the order of METHODS. Raises ValueError where one is not listed."""
+    wanted = list(names)
+    for name in wanted:
+        method(name)
+    return [name for name in METHODS if name in wanted]

@@ -1,0 +1,190 @@
+"""Tables of what came out, from the content of metrics/evaluate.json."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lvlmva_core.comparison import SUBJECT
+from lvlmva_core.lvlm import STAND_INS
+from lvlmva_core.methods import METHODS, in_order
+from lvlmva_core.metrics import METRICS
+from lvlmva_core.outputs import BASE
+from lvlmva_core.report.page import Table
+
+SPLITS = {
+    "test_agreeing": "accuracy, decoy as in training",
+    "test_plain": "accuracy, no decoy",
+}
+
+
+def judged_by(content: Mapping[str, Any]) -> str:
+    """Who criticised and judged, in words that no stand-in can be mistaken in."""
+    critics = ", ".join(_named(name) for name in content["verdicts"]["critic"])
+    judges = ", ".join(_named(name) for name in content["verdicts"]["judge"])
+    named = content["verdicts"]["critic_settings"].get("name_spurious_feature")
+    prompt = "" if named is None else f" ({'told' if named else 'not told'} the known spurious features)"
+    rates = ", ".join(
+        f"{name.replace('_', ' ')} {content['verdicts']['critic_settings'][name]}"
+        for name in ("rejects", "overlap", "false_positive_rate", "false_negative_rate")
+        if name in content["verdicts"]["critic_settings"]
+    )
+    return f"critic: {critics}{prompt}{f' ({rates})' if rates else ''}; judge: {judges}"
+
+
+def before_and_after(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Column names and rows of the table of methods, from the content of metrics/evaluate.json."""
+    extra = sorted(
+        {split for measured in content["methods"].values() for split in measured if split.startswith("test_")}
+    )
+    headings = {name: metric.heading for name, metric in METRICS.items() if metric.heading is not None}
+    columns = ["", *headings.values(), *(SPLITS.get(split, split) for split in extra)]
+    rows = []
+    for name in in_order(content["methods"]):
+        measured = content["methods"][name]
+        values = [measured["test"].get(metric) for metric in headings]
+        values += [measured[split]["accuracy"] for split in extra]
+        rows.append([METHODS[name].label, *(_number(value) for value in values)])
+    return columns, rows
+
+
+def significance(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Column names and rows of LVLM-VA's difference to every other method, with its p values."""
+    columns = [
+        f"{METHODS[SUBJECT].label} minus",
+        "ΔWGA",
+        "p two-sided",
+        "p one-sided",
+        "ΔAGA",
+        "p two-sided",
+        "Δ accuracy",
+        "p two-sided",
+    ]
+    tests = content["tests"].get(SUBJECT, {})
+    rows = []
+    for other in in_order(tests.get("wga", {})):
+        row = [METHODS[other].label]
+        for metric in ("wga", "aga", "accuracy"):
+            found = tests[metric][other]
+            row += [
+                f"{found['difference']['mean']:+.3f} ± {found['difference']['std']:.3f}",
+                f"{found['p_two_sided']:.3f}",
+            ]
+            row += [f"{found['p_greater']:.3f}"] if metric == "wga" else []
+        rows.append(row)
+    return columns, rows
+
+
+def supervision(content: Mapping[str, Any]) -> list[str]:
+    """What each method of the table needs beside class labels, in the order of the rows."""
+    return [METHODS[name].supervision for name in in_order(content["methods"])]
+
+
+def verdict_table(verdicts: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Column names and rows of the verdicts' quality under each overlap rule."""
+    columns = ["overlap", "precision", "recall", "judged spurious", "overlapping", "regions"]
+    rows = [
+        [
+            rule.removeprefix("overlap_").replace("_", " "),
+            share(measured["precision"]),
+            share(measured["recall"]),
+            str(measured["regions_judged_spurious"]),
+            str(measured["regions_overlapping"]),
+            str(measured["regions"]),
+        ]
+        for rule, measured in verdicts.items()
+        if rule.startswith("overlap_") and isinstance(measured, dict)
+    ]
+    return columns, rows
+
+
+def share(value: float | None) -> str:
+    """A share 0..1 as text."""
+    return "no such region" if value is None else f"{value:.3f}"
+
+
+def markdown_table(columns: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _named(name: str) -> str:
+    return f"{name} (a stand-in, not a vision-language model)" if name in STAND_INS else name
+
+
+def _number(value: float | dict[str, float] | None) -> str:
+    if value is None:
+        return "not known"
+    return f"{value['mean']:.3f} ± {value['std']:.3f}" if isinstance(value, dict) else f"{value:.3f}"
+
+
+Bars = dict[str, dict[str, tuple[float, float]]]
+
+
+def bars(content: Mapping[str, Any]) -> Bars:
+    """Metric's name in full -> method -> (mean, standard deviation over seeds), for metrics that are known."""
+    names = {
+        "accuracy": "test accuracy",
+        "wga": "worst-group accuracy (WGA)",
+        "mu_align": "alignment of attributions (μ_align)",
+    }
+    found = {name: _bars(content["methods"], metric) for metric, name in names.items()}
+    return {name: of_methods for name, of_methods in found.items() if of_methods}
+
+
+def _bars(methods: Mapping[str, Any], metric: str) -> dict[str, tuple[float, float]]:
+    values = {name: measured["test"][metric] for name, measured in methods.items() if metric in measured["test"]}
+    return {
+        name: (value["mean"], value["std"]) if isinstance(value, dict) else (value, 0.0)
+        for name, value in values.items()
+    }
+
+
+def differences(content: Mapping[str, Any]) -> dict[str, dict[str, tuple[float, float, float]]]:
+    """Metric -> method -> (mean, standard deviation, two-sided p) of its difference to the base model."""
+    found: dict[str, dict[str, tuple[float, float, float]]] = {}
+    for metric in ("accuracy", "wga", "mu_align"):
+        for name, tested in content["tests"].items():
+            if metric in tested:
+                test = tested[metric][BASE]
+                values = (test["difference"]["mean"], test["difference"]["std"], test["p_two_sided"])
+                found.setdefault(METRICS[metric].heading or metric, {})[name] = values
+    return found
+
+
+def warning_of(verdicts: Mapping[str, Any]) -> str:
+    """What must be said first where stand-ins judged; "" where none did."""
+    stand_ins = {name for name in (*verdicts["critic"], *verdicts["judge"]) if name in STAND_INS}
+    if not stand_ins:
+        return ""
+    return (
+        f"No vision-language model was asked. The verdicts come from the stand-in {', '.join(sorted(stand_ins))}: "
+        "the figures show what the pipeline does with such verdicts, not how well a model judges."
+    )
+
+
+def page_tables(content: Mapping[str, Any]) -> list[Table]:
+    """The tables of the page: methods, verdicts, alignment set."""
+    chosen = content["alignment_set"]
+    return [
+        Table(
+            "Before and after",
+            "Test split; mean ± standard deviation over seeds. AGA is the plain mean over groups, WGA the worst group, "
+            "μ_align one minus the share of attribution on the spurious feature. RRR with true masks knows what "
+            "LVLM-VA does not: it is the bound. The controls know less (docs/alignment.md).",
+            *before_and_after(content),
+        ),
+        Table(
+            "Verdicts against the true masks",
+            "Precision: of the regions judged spurious, the share that overlaps the spurious feature. Recall: of the "
+            "regions that overlap it, the share judged spurious. What counts as overlap is the first column.",
+            *verdict_table(content["verdicts"]),
+        ),
+        Table(
+            "Alignment set",
+            f"The {chosen['samples']} training samples chosen by {chosen['strategy'].replace('_', ' ')}; "
+            f"{share(chosen['share_with_spurious_feature'])} of them carry the spurious feature, "
+            f"{share(chosen['share_with_spurious_feature_in_training'])} of the training set do.",
+            ["group", "samples"],
+            [[group, str(count)] for group, count in chosen["samples_per_group"].items()],
+        ),
+    ]

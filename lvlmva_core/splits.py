@@ -1,0 +1,23 @@
+"""Prepared rows as tensors on a device: what every stage that runs a model starts from."""
+
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from lvlmva_core.samples import Split, read_images, rows_of_ids, rows_of_split, to_unit_range
+
+
+def read_split(images: Path, samples: pd.DataFrame, split: str, device: torch.device) -> Split:
+    """All samples of a split, in the order of the table. Raises InputError where there is no such split."""
+    return _read(images, samples.iloc[rows_of_split(samples, split)], device)
+
+
+def read_sample_rows(images: Path, samples: pd.DataFrame, ids: list[str], device: torch.device) -> Split:
+    """Samples in the order of `ids`. Raises InputError naming the first that is not there."""
+    return _read(images, samples.iloc[rows_of_ids(samples, ids)], device)
+
+
+def _read(images: Path, chosen: pd.DataFrame, device: torch.device) -> Split:
+    pixels = torch.from_numpy(to_unit_range(read_images(images, chosen.index.to_numpy())))
+    return Split(pixels.to(device), torch.from_numpy(chosen["label"].to_numpy(copy=True)).to(device), chosen)

@@ -1,0 +1,44 @@
+"""Stage explain: what the aligned model looks at, on the alignment samples that the panel shows."""
+
+from pathlib import Path
+
+import numpy as np
+
+from lvlmva.entry import run
+from lvlmva.params import load_params
+from lvlmva_core.arrays import read_array, read_attrs, write_arrays
+from lvlmva_core.attribution.methods import METHODS
+from lvlmva_core.compute import set_up_compute
+from lvlmva_core.models import load_checkpoint
+from lvlmva_core.ranking import by_class_in_turn, masked_share
+from lvlmva_core.samples import read_samples, rows_of_ids
+from lvlmva_core.splits import read_sample_rows
+
+
+def explain(
+    params: Path, images: Path, samples: Path, attributions: Path, masks: Path, models: Path, explanations: Path
+) -> None:
+    """Explain the most masked samples of each class by LVLM-VA's first model, as the base model was explained."""
+    loaded = load_params(params)
+    device = set_up_compute(loaded.compute.device, loaded.compute.threads)
+    table, before, masked = read_samples(samples), read_attrs(attributions), list(read_attrs(masks)["ids"])
+    row_of = {sample: row for row, sample in enumerate(before["ids"])}
+    maps = read_array(attributions, "attributions")[[row_of[sample] for sample in masked]]
+    shares = masked_share(maps, read_array(masks, "masks"))
+    chosen = by_class_in_turn(shares, table["label"].to_numpy()[rows_of_ids(table, masked)])
+    chosen = chosen[: loaded.explain.panel_samples]
+    ids = [masked[row] for row in chosen]
+    shown = read_sample_rows(images, table, ids, device)
+    baselines = read_sample_rows(images, table, list(before["baseline_ids"]), device)
+    checkpoint = sorted((models / "lvlm_va").glob("seed=*.safetensors"))[0]
+    model, _ = load_checkpoint(checkpoint, device)
+    config = loaded.attribute
+    explained = METHODS[before["method"]].explain(
+        model, shown.images, baselines.images, shown.labels, config.batch_size, config.integration_steps
+    )
+    found = {"attributions": explained.attributions.sum(1).cpu().numpy(), "masked_share": np.asarray(shares[chosen])}
+    write_arrays(explanations, found, {"ids": ids, "method": before["method"], "model": checkpoint.stem})
+
+
+if __name__ == "__main__":
+    run(explain)
