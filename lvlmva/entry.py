@@ -46,7 +46,8 @@ def _with_options(stage: Callable[..., Any]) -> Callable[..., Any]:
     options = []
     for each in signature.parameters.values():
         default = Path(known[each.name]) if each.annotation is Path and each.name in known else each.default
-        annotation = Annotated[each.annotation, typer.Option()]
+        kind: Any = each.annotation
+        annotation = Annotated[kind, typer.Option()]
         options.append(each.replace(annotation=annotation, kind=inspect.Parameter.KEYWORD_ONLY, default=default))
     command.__signature__ = signature.replace(parameters=options)  # type: ignore[attr-defined]
     return command

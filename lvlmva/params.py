@@ -9,10 +9,11 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from lvlmva_core.alignment.settings import AlignSettings
 from lvlmva_core.attribution.settings import Attribute
+from lvlmva_core.comparison import SUBJECT
 from lvlmva_core.datasets.settings import Prepare
 from lvlmva_core.errors import InputError
 from lvlmva_core.lvlm.settings import Endpoint
-from lvlmva_core.methods import METHODS, SUBJECT
+from lvlmva_core.methods import METHODS
 from lvlmva_core.regions import Overlap
 from lvlmva_core.segmentation.settings import Segment
 from lvlmva_core.settings import Count, NonNegative, Positive, Seed, Settings, Share

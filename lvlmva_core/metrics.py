@@ -107,7 +107,7 @@ def _columns(**columns: ArrayLike) -> pd.DataFrame:
 class Measured:
     """What one model said of one split, and what is true of it.
 
-    predictions, labels: int (N,). spurious: bool (N,). groups: (N,) names. training_shares: name of a group -> its share
+    predictions, labels: int (N,). spurious: bool (N,). groups: (N,) names. training_shares: a group's name -> its share
     of the training split. maps, masks: attributions float (n, H, W) and true spurious masks bool (n, H, W) of some of
     the samples, or None.
     """

@@ -34,7 +34,7 @@ class Outputs:
 
     def predictions(self) -> np.ndarray:
         """Class with the highest logit, int64 (N, S)."""
-        return self.logits.argmax(axis=2)
+        return np.asarray(self.logits.argmax(axis=2))
 
 
 def write_outputs(path: Path, outputs: Outputs) -> None:

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -16,7 +16,7 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
     the library works without it.
     """
     if not sys.stderr.isatty():
-        yield from _lines(items, description, len(items) if total is None and hasattr(items, "__len__") else total)
+        yield from _lines(items, description, len(items) if total is None and isinstance(items, Sized) else total)
         return
     from rich.console import Console
     from rich.progress import track as rich_track

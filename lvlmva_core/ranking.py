@@ -102,7 +102,7 @@ def masked_share(attributions: np.ndarray, masks: np.ndarray) -> np.ndarray:
         attributions: float (N, H, W), each with some positive value. masks: bool (N, H, W).
     """
     positive = np.maximum(attributions, 0)
-    return (positive * masks).sum(axis=(1, 2)) / positive.sum(axis=(1, 2))
+    return np.asarray((positive * masks).sum(axis=(1, 2)) / positive.sum(axis=(1, 2)))
 
 
 def by_class_in_turn(shares: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -67,7 +67,7 @@ class Resume:
     """The checkpoints of one piece of work, which is named by everything that its result depends on."""
 
     def __init__(self, store: Store, inputs: Any, code: Sequence[Path], device: torch.device) -> None:
-        """Name the work by its inputs (JSON-able, with numpy arrays), the files of the code that does it, and torch's version."""
+        """Name the work by its inputs (JSON-able, with numpy arrays), the files of its code, and torch's version."""
         files = [digest_file(file) for file in code]
         self._store = store
         self._work = digest({"inputs": inputs, "code": files, "torch": torch.__version__})

@@ -171,7 +171,7 @@ def _ask_model(
         failure_of=lambda record: None,
         endpoint=endpoint,
         section="critique.endpoint",
-        out=out,
+        out=critiques,
         replay=config.critic == "replay",
         pictures=True,
         max_failed_share=config.max_failed_share,

@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 from lvlmva.entry import run
 from lvlmva.params import load_params
 from lvlmva_core.arrays import read_array, read_attrs, read_json, read_table
-from lvlmva_core.methods import METHODS, SUBJECT
+from lvlmva_core.comparison import SUBJECT
+from lvlmva_core.methods import METHODS
 from lvlmva_core.outputs import BASE, read_outputs
 from lvlmva_core.report import diagnostics, figures, tables
 from lvlmva_core.report.page import render_page

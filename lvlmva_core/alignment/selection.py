@@ -135,7 +135,7 @@ def best_runs(runs: "Sequence[AlignedRun]", settings: "AlignSettings") -> "list[
 
 
 def summary_of(runs: "Sequence[AlignedRun]", settings: "AlignSettings") -> dict[str, Any]:
-    """For the metrics file. λ on two scales of its inputs: the squared gradient for pixels in 0..255 is smaller by 255².
+    """For the metrics file. λ on two scales of inputs: the squared gradient for pixels in 0..255 is smaller by 255².
 
     Args:
         runs: of every λ and seed.
