@@ -26,11 +26,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
+from lvlmva_core.align_settings import AlignSettings
 from lvlmva_core.alignment import AlignedRun, align_ensemble
 from lvlmva_core.compute import set_up_compute
 from lvlmva_core.datasets import prepare_dataset
 from lvlmva_core.datasets.settings import Prepare
 from lvlmva_core.models import ModelSpec, build_model
+from lvlmva_core.samples import Split
 from lvlmva_core.training import endless_batches, train_classifier
 
 LAMBDAS = [1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0]
@@ -70,19 +72,14 @@ def ours(model: nn.Module, work: Work, runs: list[tuple[float, int]]) -> list[Ru
     n = len(work["masks"])
     found: list[AlignedRun] = align_ensemble(
         model,
-        work["images"],
-        work["labels"],
-        work["images"][:n],
-        work["labels"][:n],
+        Split(work["images"], work["labels"]),
+        Split(work["images"][:n], work["labels"][:n]),
         work["masks"],
-        work["images"][:1],
-        work["labels"][:1],
+        Split(work["images"][:1], work["labels"][:1]),
+        AlignSettings(
+            rrr_lambda=0.0, seeds=[0], learning_rate=RATE, epochs=1, alignment_batch=MASKED, training_batch=TRAINING
+        ),
         runs=runs,
-        gamma=0.0,
-        learning_rate=RATE,
-        epochs=1,
-        alignment_batch=MASKED,
-        training_batch=TRAINING,
     )
     return [(run.weights, float(run.curve["cross_entropy"][0]), float(run.curve["penalty"][0])) for run in found]
 
@@ -222,10 +219,8 @@ def main() -> None:
     mlp = build_model(ModelSpec("mlp", 1, 28, 28, 10, 256), seed=0).to(device)
     train_classifier(
         mlp,
-        work["images"],
-        work["labels"],
-        work["images"][:1],
-        work["labels"][:1],
+        Split(work["images"], work["labels"]),
+        Split(work["images"][:1], work["labels"][:1]),
         learning_rate=1e-3,
         batch_size=TRAINING,
         epochs=2,

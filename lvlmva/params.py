@@ -7,15 +7,15 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from lvlmva_core.alignment.settings import AlignSettings
-from lvlmva_core.attribution.settings import Attribute
+from lvlmva_core.align_settings import AlignSettings
+from lvlmva_core.attribute_settings import Attribute
 from lvlmva_core.comparison import SUBJECT
 from lvlmva_core.datasets.settings import Prepare
 from lvlmva_core.errors import InputError
 from lvlmva_core.lvlm.settings import Endpoint
 from lvlmva_core.methods import METHODS
 from lvlmva_core.regions import Overlap
-from lvlmva_core.segmentation.settings import Segment
+from lvlmva_core.segment_settings import Segment
 from lvlmva_core.settings import Count, NonNegative, Positive, Seed, Settings, Share
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
@@ -114,10 +114,6 @@ class Compare(Settings):
     overlap: Overlap
 
 
-class Report(Settings):
-    """What the page shows; nothing yet that could be set."""
-
-
 class Params(Settings):
     """The whole of params.yaml.
 
@@ -140,7 +136,6 @@ class Params(Settings):
     explain: Explain
     evaluate: Evaluate
     compare: Compare
-    report: Report = Report()
 
     def chosen_methods(self) -> dict[str, Settings]:
         """Settings of each method after inheritance; a method that states rrr_lambda takes over no grid of them.

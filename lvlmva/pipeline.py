@@ -18,7 +18,9 @@ PIPELINE = Path("dvc.yaml")
 FLOORS = ("stages", "lvlmva", "lvlmva_core")
 # What decides nothing about the bytes of an output, or reaches DVC as params. All of `lvlmva` is left out too: it says
 # where things are and how people are told, never what comes out.
-NOT_TRACKED = re.compile(r"lvlmva/.*|lvlmva_core/(__init__|errors|progress|(.+/)?settings)\.py|stages/__init__\.py")
+NOT_TRACKED = re.compile(
+    r"lvlmva/.*|lvlmva_core/(__init__|errors|progress|(.+/)?(\w+_)?settings)\.py|stages/__init__\.py"
+)
 
 
 def paths(pipeline: Path = PIPELINE) -> dict[str, str]:

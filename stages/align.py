@@ -9,9 +9,9 @@ from lvlmva.entry import run
 from lvlmva.hydrate import open_store
 from lvlmva.params import load_params
 from lvlmva.pipeline import code_files
+from lvlmva_core.align_settings import AlignSettings
 from lvlmva_core.alignment import align_ensemble
 from lvlmva_core.alignment.selection import best_runs, selection_of, summary_of
-from lvlmva_core.alignment.settings import AlignSettings
 from lvlmva_core.arrays import read_array, read_attrs, read_json, read_table, write_json
 from lvlmva_core.compute import set_up_compute
 from lvlmva_core.controls import MASK_SOURCES, Given

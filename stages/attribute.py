@@ -11,8 +11,8 @@ from lvlmva.entry import run
 from lvlmva.hydrate import absent_rows, all_rows, open_store
 from lvlmva.params import load_params
 from lvlmva_core.arrays import read_array, read_attrs, read_table, write_arrays, write_json
+from lvlmva_core.attribute_settings import Attribute
 from lvlmva_core.attribution import METHODS
-from lvlmva_core.attribution.settings import Attribute
 from lvlmva_core.compute import set_up_compute
 from lvlmva_core.errors import InputError
 from lvlmva_core.models import load_checkpoint, weights_digest

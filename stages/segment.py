@@ -15,8 +15,8 @@ from lvlmva_core.compute import set_up_compute
 from lvlmva_core.errors import InputError
 from lvlmva_core.progress import track
 from lvlmva_core.samples import read_images, read_samples, rows_of_ids
+from lvlmva_core.segment_settings import Segment
 from lvlmva_core.segmentation.methods import SEGMENTERS
-from lvlmva_core.segmentation.settings import Segment
 from lvlmva_core.store import Store, digest
 
 KIND = "segmentations"

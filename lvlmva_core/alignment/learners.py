@@ -14,7 +14,7 @@ from lvlmva_core.alignment.stacked_mlp import StackedMlp
 from lvlmva_core.models import predict_logits
 
 if TYPE_CHECKING:
-    from lvlmva_core.alignment.settings import AlignSettings
+    from lvlmva_core.align_settings import AlignSettings
 
 
 @dataclass(frozen=True)

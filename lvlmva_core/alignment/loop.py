@@ -21,7 +21,7 @@ from lvlmva_core.samples import Split
 from lvlmva_core.training import endless_batches
 
 if TYPE_CHECKING:
-    from lvlmva_core.alignment.settings import AlignSettings
+    from lvlmva_core.align_settings import AlignSettings
 
 # Weights of the MLPs that are trained at a time. On a CPU a larger stack no longer stays in its caches between steps.
 CPU_STACK_BYTES = 8 << 20
@@ -52,10 +52,11 @@ def align_ensemble(
     validation: Split,
     settings: "AlignSettings",
     *,
+    runs: Sequence[tuple[float, int]] | None = None,
     selection: Selection | None = None,
     resume: Resume | None = None,
 ) -> list[AlignedRun]:
-    """Fine-tune copies of `model` with the RRR loss and Adam, one for each (λ, seed) of `settings` (LVLM-VA §4.4).
+    """Fine-tune copies of `model` with the RRR loss and Adam, one for each (λ, seed) of `runs` (LVLM-VA §4.4).
 
     A batch mixes `alignment_batch` masked samples with `training_batch` training samples (whose masks are empty); both
     come from endless streams that run on across epochs, and an epoch is ceil(N_train / training_batch) steps. Both sums
@@ -68,14 +69,15 @@ def align_ensemble(
 
     Args:
         training: all training samples, on the model's device. alignment: n samples. validation: scores each epoch.
-        masks: bool (n, H, W) for all runs, or (R, n, H, W) for the R runs of `settings.runs()`.
+        masks: bool (n, H, W) for all runs, or (R, n, H, W) for R runs.
+        runs: pairs of λ (for inputs in [0, 1]) and seed, in the place of `settings.runs()`.
         selection: what the curve's `score` is measured on; `settings.selection.patience` needs it. A run ends after
             `patience` epochs without a better score, and its best epoch's weights are kept; without patience the last
             ones are.
         resume: where to keep checkpoints, and to go on from them.
 
     Returns:
-        In the order of `settings.runs()`. Curves hold epoch (from 1), cross_entropy and penalty (means over the epoch's
+        In the order of the runs. Curves hold epoch (from 1), cross_entropy and penalty (means over the epoch's
         steps of both sums of the loss before λ; penalty is 0 where λ is), val_accuracy, and score if there is a
         `selection`.
 
@@ -83,7 +85,7 @@ def align_ensemble(
         InputError: the loss stops being finite, "bfloat16" for a ReLU MLP, or a batch larger than its source.
         ValueError: patience without `selection`, or masks of another shape.
     """
-    runs = settings.runs()
+    runs = settings.runs() if runs is None else runs
     patience = None if settings.selection is None else settings.selection.patience
     if patience is not None and selection is None:
         raise ValueError("patience needs a selection to score each epoch on")

@@ -14,8 +14,8 @@ from lvlmva_core.samples import Split
 from lvlmva_core.statistics import mean_and_std
 
 if TYPE_CHECKING:
+    from lvlmva_core.align_settings import AlignSettings
     from lvlmva_core.alignment.loop import AlignedRun
-    from lvlmva_core.alignment.settings import AlignSettings
 
 SUPERVISION = MappingProxyType(
     {

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from pydantic import Field
 
-from lvlmva_core.alignment.settings import Seeds
+from lvlmva_core.align_settings import Seeds
 from lvlmva_core.baselines import Retrained, Task
 from lvlmva_core.baselines.groups import balanced_rows
 from lvlmva_core.errors import InputError

@@ -1,6 +1,6 @@
 """What retrained methods can be told."""
 
-from lvlmva_core.alignment.settings import Seeds
+from lvlmva_core.align_settings import Seeds
 from lvlmva_core.settings import Count, NonNegative, Positive, Settings
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lvlmva_core.segment_settings import Segment
 from lvlmva_core.segmentation.choice import fit_chosen_gmm
 from lvlmva_core.segmentation.mixture import METHOD_VERSION, fit_weighted_gmm
-from lvlmva_core.segmentation.settings import Segment
 from lvlmva_core.segmentation.superpixels import grid_regions, merge_regions, number_by_share, slic_regions
 
 Arrays = dict[str, np.ndarray]

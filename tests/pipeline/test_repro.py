@@ -12,9 +12,12 @@ import pytest
 
 from tests.pipeline.project import Project
 
-CHAIN = ["prepare", "train", "rank", "attribute", "segment", "critique", "judge", "mask", "align"]
-OTHERS = ["baseline@rrr_gt", "control@lambda_zero", "control@random_masks", "control@random_pictures"]
-OTHERS += ["retrain@subg", "retrain@dfr", "retrain@jtt"]
+CHAIN = ["prepare", "train", "rank", "attribute", "segment", "critique", "judge", "mask"]
+ALIGNED = ["lvlm_va", "rrr_gt", "lambda_zero", "random_masks", "random_pictures"]
+RETRAINED = ["subg", "dfr", "jtt"]
+OTHERS = [f"{stage}@{name}" for stage in ("align", "evaluate") for name in ALIGNED]
+OTHERS += [f"{stage}@{name}" for stage in ("retrain", "evaluate_retrained") for name in RETRAINED]
+OTHERS += ["settings", "explain", "evaluate_base"]
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +28,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, list[st
 
 def test_every_stage_runs_once_and_the_second_time_none(finished: tuple[Project, list[str]]) -> None:
     project, ran = finished
-    assert sorted(ran) == sorted([*CHAIN, *OTHERS, "evaluate", "report"])
+    assert sorted(ran) == sorted([*CHAIN, *OTHERS, "compare", "report"])
     assert [stage for stage in ran if stage in CHAIN] == CHAIN
     assert project.repro() == []
 
@@ -52,7 +55,7 @@ def test_figures_metrics_and_plots_come_out(finished: tuple[Project, list[str]])
     assert set(metrics["methods"]) >= {"base", "lvlm_va", "rrr_gt", "lambda_zero", "random_masks", "random_pictures"}
     plots = json.loads(project.run("dvc", "plots", "show", "--json").stdout)
     assert {"training", "alignment"} <= set(plots["data"])
-    table = project.run("python", "-m", "stages.results").stdout
+    table = project.run("lvlmva", "results").stdout
     assert "LVLM-VA" in table
     assert "stand-in" in table
 
@@ -64,11 +67,14 @@ def test_a_new_lambda_reruns_align_evaluate_and_report_only(
     project.run("git", "add", "--all")
     project.run("git", "commit", "--quiet", "--message", "before")
     project.set_params({"align.rrr_lambda": 2.0})
-    assert project.repro() == ["align", "evaluate", "report"]
+    ran = project.repro()
+    followers = {"lvlm_va", "random_masks", "random_pictures"}  # rrr_gt and lambda_zero have a λ of their own
+    expected = {f"{stage}@{name}" for stage in ("align", "evaluate") for name in followers}
+    assert set(ran) == {"settings", "explain", "compare", "report", *expected}
     difference = json.loads(project.run("dvc", "metrics", "diff", "--json").stdout)
     changed = [key for key in difference["metrics/evaluate.json"] if key.startswith("methods.")]
     assert changed
-    assert all(key.startswith("methods.lvlm_va.") for key in changed)
+    assert all(key.split(".")[1] in followers for key in changed)
 
 
 def test_an_expert_changes_a_verdict_and_only_what_follows_reruns(
@@ -137,8 +143,7 @@ def test_damaged_files_are_named(finished: tuple[Project, list[str]], tmp_path: 
     checkpoint.unlink()  # a link into DVC's cache, perhaps
     checkpoint.write_bytes(b"damaged")
     command = (
-        "python -m stages.rank --params params.yaml --images data/images.zarr --samples data/samples.parquet "
-        "--model models/base.safetensors --out rank.parquet --metrics rank.json"
+        "python -m stages.rank --entropies entropies.parquet --alignment-set rank.parquet --rank-metrics rank.json"
     )
     done = project.run(*command.split(), check=False)
     assert done.returncode == 1

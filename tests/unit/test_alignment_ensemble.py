@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import lvlmva_core.alignment as alignment
-from lvlmva_core.alignment import AlignedRun, align_classifier, align_ensemble, contrast_penalty, rrr_penalty
+from lvlmva_core.align_settings import AlignSettings
+from lvlmva_core.alignment import AlignedRun, align_ensemble, contrast_penalty, learners, loop, rrr_penalty
 from lvlmva_core.alignment.selection import by_accuracy
 from lvlmva_core.errors import InputError
 from lvlmva_core.resume import Resume
+from lvlmva_core.samples import Split
 from lvlmva_core.store import Store
 from lvlmva_core.training import endless_batches
 
@@ -50,19 +51,26 @@ def _align(
     data = _data()
     dtype = next(model.parameters()).dtype
     data["images"] = data["images"].to(dtype)
-    settings = {"gamma": 0.01, "learning_rate": 0.01, "epochs": EPOCHS, "alignment_batch": 4, "training_batch": 32}
+    kept = {name: options.pop(name) for name in ("selection", "resume") if name in options}
+    if (patience := options.pop("patience", None)) is not None:
+        options["selection"] = {"rule": "accuracy", "patience": patience}
+    everything = Split(data["images"], data["labels"])
     return align_ensemble(
         model,
-        data["images"],
-        data["labels"],
-        data["images"][:N_ALIGN],
-        data["labels"][:N_ALIGN],
+        everything,
+        Split(data["images"][:N_ALIGN], data["labels"][:N_ALIGN]),
         data["masks"] if masks is None else masks,
-        data["images"],
-        data["labels"],
+        everything,
+        _settings(**options),
         runs=runs,
-        **{**settings, **options},
+        **kept,
     )
+
+
+def _settings(**options: Any) -> AlignSettings:
+    """The settings of `_plainly`; λ and seeds are those of the runs."""
+    settings = {"gamma": 0.01, "learning_rate": 0.01, "epochs": EPOCHS, "alignment_batch": 4, "training_batch": 32}
+    return AlignSettings.model_validate({"rrr_lambda": 0.0, "seeds": [0], **settings, **options})
 
 
 def _plainly(
@@ -159,28 +167,14 @@ def test_the_contrast_may_be_penalised_in_place_of_the_log_probabilities(network
 @pytest.mark.parametrize("at_a_time", [1, 2, 5])
 def test_how_many_are_trained_at_a_time_does_not_matter(monkeypatch: pytest.MonkeyPatch, at_a_time: int) -> None:
     bytes_of_a_model = 8 * (20 * 8 + 8 + 8 * 3 + 3)
-    monkeypatch.setattr(alignment, "CPU_STACK_BYTES", at_a_time * bytes_of_a_model)
+    monkeypatch.setattr(loop, "CPU_STACK_BYTES", at_a_time * bytes_of_a_model)
     _assert_like_the_plain_loop(_mlp(), _align(_mlp(), RUNS), [_data()["masks"]] * len(RUNS))
 
 
 def test_one_run_is_the_same_run_among_others() -> None:
-    model, data = _mlp(), _data()
-    settings = {"gamma": 0.01, "learning_rate": 0.01, "epochs": EPOCHS, "alignment_batch": 4, "training_batch": 32}
-    align_classifier(
-        model,
-        data["images"],
-        data["labels"],
-        data["images"][:N_ALIGN],
-        data["labels"][:N_ALIGN],
-        data["masks"],
-        data["images"],
-        data["labels"],
-        rrr_lambda=0.5,
-        seed=1,
-        **settings,
-    )
+    (alone,) = _align(_mlp(), [RUNS[2]])
     among = _align(_mlp(), RUNS)[2]
-    for name, tensor in model.state_dict().items():
+    for name, tensor in alone.weights.items():
         torch.testing.assert_close(tensor, among.weights[name], rtol=1e-9, atol=1e-12)
 
 
@@ -195,7 +189,7 @@ def test_the_same_call_gives_the_same_bits_and_leaves_the_global_generator_alone
 
 
 def _resume(folder: Path) -> Resume:
-    return Resume(Store(folder), {"images": _data()["images"].numpy()}, [alignment], torch.device("cpu"))
+    return Resume(Store(folder), {"images": _data()["images"].numpy()}, [Path(loop.__file__)], torch.device("cpu"))
 
 
 class _KilledError(Exception):
@@ -204,7 +198,7 @@ class _KilledError(Exception):
 
 def _count_steps(monkeypatch: pytest.MonkeyPatch, die_after: float = math.inf) -> list[int]:
     """Count the steps that are taken from now on; the one after `die_after` is not taken any more."""
-    taken, graphed = [0], alignment._Graphed.__call__
+    taken, graphed = [0], learners.Graphed.__call__
 
     def counted(self: Any, rows: Tensor, chosen: Tensor) -> None:
         if taken[0] >= die_after:
@@ -212,7 +206,7 @@ def _count_steps(monkeypatch: pytest.MonkeyPatch, die_after: float = math.inf) -
         taken[0] += 1
         graphed(self, rows, chosen)
 
-    monkeypatch.setattr(alignment._Graphed, "__call__", counted)
+    monkeypatch.setattr(learners.Graphed, "__call__", counted)
     return taken
 
 
@@ -317,18 +311,9 @@ def test_streams_can_be_entered_anywhere() -> None:
 def test_a_replayed_graph_takes_the_same_steps_as_the_cpu(network: Any) -> None:
     data, device = _data(), torch.device("cuda")
     on_cpu = _align(network(), RUNS)
-    found = align_ensemble(
-        network().to(device),
-        *(data[name].to(device) for name in ("images", "labels")),
-        *(data[name][:N_ALIGN].to(device) for name in ("images", "labels", "masks")),
-        *(data[name].to(device) for name in ("images", "labels")),
-        runs=RUNS,
-        gamma=0.01,
-        learning_rate=0.01,
-        epochs=EPOCHS,
-        alignment_batch=4,
-        training_batch=32,
-    )
+    images, labels, masks = (data[name].to(device) for name in ("images", "labels", "masks"))
+    everything, masked = Split(images, labels), Split(images[:N_ALIGN], labels[:N_ALIGN])
+    found = align_ensemble(network().to(device), everything, masked, masks, everything, _settings(), runs=RUNS)
     for one, other in zip(on_cpu, found, strict=True):
         for name, tensor in one.weights.items():
             torch.testing.assert_close(other.weights[name].cpu(), tensor, rtol=1e-6, atol=1e-8)

@@ -5,10 +5,11 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from lvlmva_core.baselines.dfr import refit_last_layer
+from lvlmva_core.baselines.groups import balanced_rows
 from lvlmva_core.baselines.jtt import error_rows, upweighted_rows
-from lvlmva_core.baselines.subg import balanced_rows
 from lvlmva_core.errors import InputError
 from lvlmva_core.models import ModelSpec, build_model, predict_logits
+from lvlmva_core.samples import Split
 from lvlmva_core.training import train_classifier
 
 SPEC = ModelSpec("mlp", 1, 1, 12, n_classes=2, hidden=16)
@@ -43,7 +44,14 @@ def _fit(rows: torch.Tensor | None, epochs: int = 60) -> nn.Module:
     images, labels, _ = _planted(TRAIN, 0)
     model = build_model(SPEC, 0)
     train_classifier(
-        model, images, labels, images, labels, learning_rate=1e-2, batch_size=32, epochs=epochs, seed=0, rows=rows
+        model,
+        Split(images, labels),
+        Split(images, labels),
+        learning_rate=1e-2,
+        batch_size=32,
+        epochs=epochs,
+        seed=0,
+        rows=rows,
     )
     return model
 
@@ -55,7 +63,7 @@ def base() -> nn.Module:
 
 def test_subg_leaves_every_group_as_large_as_the_smallest() -> None:
     groups = np.array(["a"] * 7 + ["b"] * 3 + ["c"] * 5)
-    rows = balanced_rows(groups, 0).numpy()
+    rows = balanced_rows(groups, 0)
     assert dict(zip(*np.unique(groups[rows], return_counts=True), strict=True)) == {"a": 3, "b": 3, "c": 3}
     assert (np.diff(rows) > 0).all()
     np.testing.assert_array_equal(rows, balanced_rows(groups, 0))
@@ -68,7 +76,7 @@ def test_a_base_model_follows_the_planted_shortcut_and_each_method_mends_it(base
     images, labels, groups = _planted(TRAIN, 0)
     before = _worst_group(base)
     assert before < 0.5
-    subg = _worst_group(_fit(balanced_rows(groups, 0), epochs=80))
+    subg = _worst_group(_fit(torch.from_numpy(balanced_rows(groups, 0)), epochs=80))
     errors = error_rows(_fit(None, 2), images, labels)
     jtt = _worst_group(_fit(upweighted_rows(len(images), errors, 20), epochs=12))
     assert subg > before + 0.3
@@ -154,14 +162,21 @@ def test_errors_count_up_times_in_an_epoch() -> None:
 
 def test_training_on_rows_is_training_on_the_pictures_of_these_rows() -> None:
     images, labels, groups = _planted(TRAIN, 0)
-    rows = balanced_rows(groups, 3)
+    rows = torch.from_numpy(balanced_rows(groups, 3))
     by_rows, by_copy = build_model(SPEC, 0), build_model(SPEC, 0)
     for model, pixels, truth, chosen in (
         (by_rows, images, labels, rows),
         (by_copy, images[rows], labels[rows], None),
     ):
         train_classifier(
-            model, pixels, truth, images, labels, learning_rate=1e-3, batch_size=16, epochs=2, seed=0, rows=chosen
+            model,
+            Split(pixels, truth),
+            Split(images, labels),
+            learning_rate=1e-3,
+            batch_size=16,
+            epochs=2,
+            seed=0,
+            rows=chosen,
         )
     assert all(
         torch.equal(a, b) for a, b in zip(by_rows.state_dict().values(), by_copy.state_dict().values(), strict=True)

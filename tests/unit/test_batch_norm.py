@@ -4,7 +4,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from lvlmva_core.align_settings import AlignSettings
 from lvlmva_core.alignment import align_ensemble, rrr_penalty
+from lvlmva_core.samples import Split
 from lvlmva_core.training import endless_batches
 
 N, N_ALIGN, STEPS = 60, 12, 2
@@ -28,20 +30,21 @@ def test_frozen_batchnorm_keeps_its_statistics_and_takes_the_steps_of_eval_mode(
     for mode in ("train", "frozen"):
         (run,) = align_ensemble(
             _model(),
-            images,
-            labels,
-            images[:N_ALIGN],
-            labels[:N_ALIGN],
+            Split(images, labels),
+            Split(images[:N_ALIGN], labels[:N_ALIGN]),
             masks,
-            images,
-            labels,
-            runs=[(0.3, 4)],
-            gamma=0.0,
-            learning_rate=0.01,
-            epochs=3,
-            alignment_batch=4,
-            training_batch=30,
-            batch_norm=mode,
+            Split(images, labels),
+            AlignSettings.model_validate(
+                {
+                    "rrr_lambda": 0.3,
+                    "seeds": [4],
+                    "learning_rate": 0.01,
+                    "epochs": 3,
+                    "alignment_batch": 4,
+                    "training_batch": 30,
+                    "batch_norm": mode,
+                }
+            ),
         )
         found[mode] = run.weights
     model = _model().eval()

@@ -44,7 +44,13 @@ def test_numbers_are_read_as_dvc_reads_them(tmp_path: Path) -> None:
     [
         (("align.rrr_lamda", 1.0), r"unknown key 'align\.rrr_lamda'; did you mean 'rrr_lambda'\?"),
         (("alignn", {}), r"unknown key 'alignn'; did you mean 'align'\?"),
-        (("baseline.rrr_gt.epoch", 1), r"unknown key 'baseline\.rrr_gt\.epoch'; did you mean 'epochs'\?"),
+        (("methods.rrr_gt.epoch", 1), r"unknown key 'methods\.rrr_gt\.epoch'; did you mean 'epochs'\?"),
+        (("methods.random_mask", {}), r"unknown key 'methods\.random_mask'; did you mean 'random_masks'\?"),
+        (("retrained.lvlm_va", {}), r"unknown key 'retrained\.lvlm_va'; known here: jtt, subg, dfr"),
+        (("methods.lvlm_va", ...), r"methods: 'lvlm_va', which all others are compared with, is missing"),
+        (("align.seeds", [0, 0]), r"'align\.seeds' = \[0, 0\].*each seed must stand there once"),
+        (("align.alignment_batch", 10000), r"alignment_batch = 10000 is larger than the alignment set"),
+        (("critique.critic", "model"), r"'critique': critic 'model' needs critique\.endpoint"),
         (("align.epochs", ...), r"key 'align\.epochs' is missing"),
         (("align.epochs", "ten"), r"'align\.epochs' = 'ten'.*valid integer"),
         (("align.epochs", 1.5), r"'align\.epochs' = 1\.5.*valid integer"),
@@ -53,7 +59,7 @@ def test_numbers_are_read_as_dvc_reads_them(tmp_path: Path) -> None:
         (("segment.n_regions", 13), r"'segment\.n_regions' = 13.*less than or equal to 12"),
         (("compute.device", "gpu"), r"'compute\.device' = 'gpu'"),
         (("prepare.dataset", "cats"), r"'prepare\.dataset' = 'cats'"),
-        (("control.lambda_zero.rrr_lambda", 1.0), r"lambda_zero\.rrr_lambda must be 0"),
+        (("methods.lambda_zero", {"rrr_lambda": 1.0}), r"methods\.lambda_zero: rrr_lambda must be 0"),
     ],
 )
 def test_a_mistake_is_named_by_its_key_in_one_line(tmp_path: Path, change: tuple[str, Any], message: str) -> None:

@@ -1,6 +1,8 @@
 """dvc.yaml against the code: DVC does not follow imports, so the deps must name every module that a stage imports."""
 
-import ast
+import importlib
+import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,97 +10,94 @@ import pytest
 from ruamel.yaml import YAML
 
 from lvlmva.params import Params
+from lvlmva.pipeline import code_of, import_closure, paths, with_code
+from lvlmva_core.baselines import subg
+from lvlmva_core.controls import MASK_SOURCES
+from lvlmva_core.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
-PIPELINE: dict[str, Any] = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())
+TEXT = (ROOT / "dvc.yaml").read_text()
+PIPELINE: dict[str, Any] = YAML(typ="safe", pure=True).load(TEXT)
 STAGES: dict[str, Any] = PIPELINE["stages"]
-
-# Reach DVC as params, or say nothing about what comes out.
-NOT_TRACKED = {
-    "lvlmva_core/__init__.py",
-    "lvlmva_core/config.py",
-    "lvlmva_core/errors.py",
-    "lvlmva_core/progress.py",
-    "stages/__init__.py",
-    "stages/entry.py",
-}
+PATHS = paths(ROOT / "dvc.yaml")
 
 
-def _file_of(module: str) -> Path | None:
-    path = ROOT.joinpath(*module.split("."))
-    if path.with_suffix(".py").exists():
-        return path.with_suffix(".py")
-    return path / "__init__.py" if (path / "__init__.py").exists() else None
+def _module(stage: str) -> str:
+    return str(STAGES[stage]["cmd"].split()[2])
 
 
-def _imports(file: Path) -> set[Path]:
-    """Files of ours that a file imports, anywhere in it, with the packages that importing them runs."""
-    found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        for name in names:
-            if name.split(".")[0] in ("lvlmva_core", "stages"):
-                parts = name.split(".")
-                packages = [".".join(parts[: i + 1]) for i in range(len(parts))]
-                found |= {path for package in packages if (path := _file_of(package)) is not None}
-    return found
+def test_the_code_that_stages_depend_on_is_written_as_the_command_writes_it() -> None:
+    assert with_code(TEXT, ROOT) == TEXT
 
 
-def _closure(file: Path) -> set[str]:
-    seen: set[Path] = set()
-    todo = [file]
-    while todo:
-        current = todo.pop()
-        if current in seen or str(current.relative_to(ROOT)) in NOT_TRACKED:
-            continue
-        seen.add(current)
-        todo += _imports(current)
-    return {str(path.relative_to(ROOT)) for path in seen}
+def test_a_stale_file_is_noticed_and_mended() -> None:
+    stale = TEXT.replace("      - lvlmva_core/ranking.py\n", "", 1)
+    assert stale != TEXT
+    assert with_code(stale, ROOT) == TEXT
 
 
-def _module_of(command: str) -> Path:
-    words = command.split()
-    assert words[:2] == ["python", "-m"]
-    file = _file_of(words[2])
-    assert file is not None
-    return file
+def test_the_closure_follows_imports_but_not_those_for_types(tmp_path: Path) -> None:
+    (tmp_path / "stages").mkdir()
+    core = tmp_path / "lvlmva_core"
+    core.mkdir()
+    (tmp_path / "stages" / "one.py").write_text("from lvlmva_core import a\n\ndef f():\n    import lvlmva_core.b\n")
+    (core / "__init__.py").write_text("")
+    (core / "a.py").write_text("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from lvlmva_core import c\n")
+    (core / "b.py").write_text("from lvlmva_core.settings import x\n")
+    (core / "c.py").write_text("")
+    (core / "settings.py").write_text("")
+    found = [file.relative_to(tmp_path).as_posix() for file in import_closure("stages.one", tmp_path)]
+    assert found == [f"lvlmva_core/{name}.py" for name in ("__init__", "a", "b", "settings")] + ["stages/one.py"]
+    assert code_of("stages.one", tmp_path) == ["lvlmva_core/a.py", "lvlmva_core/b.py", "stages/one.py"]
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_deps_name_every_module_that_the_stage_imports(name: str) -> None:
-    expected = _closure(_module_of(STAGES[name]["cmd"]))
-    listed = {dep for dep in STAGES[name]["deps"] if dep.endswith(".py")}
-    assert listed == expected
-
-
-@pytest.mark.parametrize("name", STAGES)
-def test_every_path_of_a_command_is_a_dep_or_an_output(name: str) -> None:
+def test_every_path_that_a_stage_takes_is_a_dependency_or_an_output(name: str) -> None:
     stage = STAGES[name]
-    known = {*stage["deps"], *stage.get("outs", []), *stage.get("metrics", []), "params.yaml"}
-    words = [word.partition("=")[2] or word for word in stage["cmd"].split()]
-    paths = {word for word in words if "/" in word or word in ("prompts", "reports", "params.yaml")}
-    files = {path for path in known if not path.endswith(".py")}
-    assert {path for path in paths if path not in known} <= {"prompts"}  # of which a stage reads one folder's files
-    assert {path for path in files if not path.startswith("prompts/")} <= paths | {"params.yaml"}
-    assert any(path.startswith("prompts/") for path in files) == ("prompts" in paths)
+    function = getattr(importlib.import_module(_module(name)), _module(name).removeprefix("stages."))
+    taken = {each.name for each in inspect.signature(function).parameters.values() if each.annotation is Path}
+    assert taken <= PATHS.keys()
+    entries = [*stage["deps"], *stage.get("outs", []), *stage.get("metrics", [])]
+    named = {match[1] for entry in entries if (match := re.match(r"\$\{paths\.(\w+)\}", entry))}
+    of_its_models = {"base", "models"}  # evaluate reads one or the other
+    assert taken - {"params"} - named <= (of_its_models if name.startswith("evaluate") else set())
+    assert named <= taken
+
+
+def test_no_path_stands_in_the_file_twice() -> None:
+    assert len(set(PATHS.values())) == len(PATHS)
+    commands = [stage["cmd"] for stage in STAGES.values()]
+    assert not [command for command in commands if "/" in command or len(command) > 80]
+
+
+def test_a_change_of_color_is_known_to_the_report_alone_and_metrics_touch_no_model() -> None:
+    with_methods = [name for name in STAGES if "lvlmva_core/methods.py" in STAGES[name]["deps"]]
+    assert with_methods == ["report"]
+    of_comparison = [name for name in STAGES if "lvlmva_core/comparison.py" in STAGES[name]["deps"]]
+    assert of_comparison == ["compare", "report"]
+    for name in ("compare", "report"):
+        assert "lvlmva_core/models.py" not in STAGES[name]["deps"]
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_params_are_sections_that_exist(name: str) -> None:
-    for key in STAGES[name]["params"]:
-        section = key.split(".")[0]
-        assert section in Params.model_fields
+    for key in STAGES[name].get("params", []):
+        assert key.split(".")[0] in Params.model_fields
+
+
+def test_every_method_has_what_its_kind_needs() -> None:
+    assert {name for name, method in METHODS.items() if method.kind == "penalty"} == set(MASK_SOURCES)
+    for name in (name for name, method in METHODS.items() if method.kind == "retrained"):
+        module = importlib.import_module(f"lvlmva_core.baselines.{name}")
+        assert issubclass(module.Settings, subg.RetrainSettings.__base__)
+        assert callable(module.retrain)
 
 
 def test_the_stages_are_those_of_the_paper_in_its_order() -> None:
-    chain = ["prepare", "train", "rank", "attribute", "segment", "critique", "judge", "mask", "align"]
-    assert list(STAGES) == [*chain, "baseline", "retrain", "control", "evaluate", "report"]
+    chain = ["prepare", "train", "rank", "attribute", "segment", "critique", "judge", "mask", "settings", "align"]
+    after = ["retrain", "explain", "evaluate_base", "evaluate", "evaluate_retrained", "compare", "report"]
+    assert list(STAGES) == [*chain, *after]
 
 
 def test_nothing_is_frozen_persisted_or_always_changed() -> None:
-    text = (ROOT / "dvc.yaml").read_text()
-    assert not [word for word in ("persist", "frozen", "always_changed") if word in text]
+    assert not [word for word in ("persist", "frozen", "always_changed") if word in TEXT]

@@ -18,6 +18,7 @@ from lvlmva_core.models import (
     save_checkpoint,
     weights_digest,
 )
+from lvlmva_core.samples import Split
 from lvlmva_core.training import accuracy, train_classifier
 
 SPEC = ModelSpec("mlp", 1, 6, 5, n_classes=3, hidden=7)
@@ -95,7 +96,7 @@ def test_training_learns_what_can_be_learned_and_repeats_itself() -> None:
     for _ in range(2):
         model = build_model(SPEC, 0)
         curve = train_classifier(
-            model, images, labels, images, labels, learning_rate=0.01, batch_size=16, epochs=15, seed=0
+            model, Split(images, labels), Split(images, labels), learning_rate=0.01, batch_size=16, epochs=15, seed=0
         )
         digests.append(weights_digest(model))
     assert digests[0] == digests[1]

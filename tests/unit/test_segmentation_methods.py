@@ -13,10 +13,10 @@ from scipy.stats import multivariate_normal
 
 from lvlmva_core.arrays import read_array, read_attrs, read_json, write_arrays, write_table
 from lvlmva_core.errors import InputError
+from lvlmva_core.segment_settings import Segment
 from lvlmva_core.segmentation import fit_chosen_gmm, fit_weighted_gmm, log_likelihood, sam
 from lvlmva_core.segmentation.methods import SEGMENTERS
 from lvlmva_core.segmentation.sam import load_sam, sam_regions
-from lvlmva_core.segmentation.settings import Segment
 from lvlmva_core.segmentation.superpixels import grid_regions, merge_regions, number_by_share, slic_regions
 from lvlmva_core.store import Store
 from stages.segment import segment, take_in

@@ -55,7 +55,11 @@ def test_losses_and_gradients_are_those_of_double_backward_for_every_run(depth: 
     stack = _stack(models)
     channels = masks[:, :, None].expand(-1, -1, CHANNELS, -1, -1).flatten(2).double()
     found = stack.backward(
-        _rows(images), labels, channels, torch.tensor(lambdas, dtype=torch.float64), contrast=contrast
+        _rows(images),
+        labels,
+        channels,
+        torch.tensor(lambdas, dtype=torch.float64),
+        penalty="contrast" if contrast else "log_probabilities",
     )
     for run, (model, rrr_lambda) in enumerate(zip(models, lambdas, strict=True)):
         cross_entropy = functional.cross_entropy(model(images[run]), labels[run], reduction="sum") / 9

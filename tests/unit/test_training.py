@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lvlmva_core.compute import own_draws, set_up_compute
 from lvlmva_core.errors import InputError
+from lvlmva_core.samples import Split
 from lvlmva_core.training import epoch_batches, train_classifier
 
 N = 50
@@ -29,7 +30,7 @@ def _model(dropout: bool = True) -> nn.Module:
 def _train(model: nn.Module, **options: Any) -> pd.DataFrame:
     images, labels = _data()
     settings: dict[str, Any] = {"learning_rate": 0.01, "batch_size": 16, "epochs": 4, "seed": 3}
-    return train_classifier(model, images, labels, images[:20], labels[:20], **{**settings, **options})
+    return train_classifier(model, Split(images, labels), Split(images[:20], labels[:20]), **{**settings, **options})
 
 
 def test_a_training_is_adam_over_shuffled_passes() -> None:
@@ -64,7 +65,7 @@ def test_a_training_on_some_rows_is_one_on_those_samples_alone() -> None:
     some, alone = _model(dropout=False), _model(dropout=False)
     curve = _train(some, rows=rows)
     settings: dict[str, Any] = {"learning_rate": 0.01, "batch_size": 16, "epochs": 4, "seed": 3}
-    expected = train_classifier(alone, images[rows], labels[rows], images[:20], labels[:20], **settings)
+    expected = train_classifier(alone, Split(images[rows], labels[rows]), Split(images[:20], labels[:20]), **settings)
     pd.testing.assert_frame_equal(curve, expected)
     for name, tensor in alone.state_dict().items():
         assert torch.equal(some.state_dict()[name], tensor)
