@@ -167,7 +167,7 @@ class Params(Settings):
             chosen[name] = _validated(section, {**merged, **own}, f"retrained.{name}")
         if SUBJECT not in self.methods:
             raise InputError(
-                f"methods: '{SUBJECT}' is missing, which all others are compared with; add '{SUBJECT}: {{}}'"
+                f"methods: '{SUBJECT}', which all others are compared with, is missing; add '{SUBJECT}: {{}}'"
             )
         return chosen
 

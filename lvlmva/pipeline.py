@@ -33,8 +33,10 @@ def paths(pipeline: Path = PIPELINE) -> dict[str, str]:
     }
 
 
-def import_closure(module: str, root: Path) -> list[Path]:
-    """Files of this project that running a module imports, anywhere in them, sorted; imports for types alone are not.
+def code_of(module: str, root: Path) -> list[str]:
+    """Files that a module imports, directly or not, and that decide what comes out; relative to `root`, sorted.
+
+    Imports for types alone do not count, nor what NOT_TRACKED modules import.
 
     Args:
         module: e.g. "stages.train". root: the folder that holds the packages.
@@ -43,16 +45,10 @@ def import_closure(module: str, root: Path) -> list[Path]:
     todo = list(_files_of(module, root))
     while todo:
         current = todo.pop()
-        if current not in seen:
+        if current not in seen and not NOT_TRACKED.fullmatch(current.relative_to(root).as_posix()):
             seen.add(current)
             todo += _imports(current, root)
-    return sorted(seen)
-
-
-def code_of(module: str, root: Path) -> list[str]:
-    """The part of a module's import closure that decides what comes out, as paths relative to `root`."""
-    closure = (file.relative_to(root).as_posix() for file in import_closure(module, root))
-    return [name for name in closure if not NOT_TRACKED.fullmatch(name)]
+    return sorted(file.relative_to(root).as_posix() for file in seen)
 
 
 def code_files(module: str) -> list[Path]:

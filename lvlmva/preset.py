@@ -33,7 +33,7 @@ def preset(
     layer = _load(_file(presets, name))
     content = _load(presets / f"{DEFAULT}.yaml" if "prepare" in layer else params)
     for choice in (key for key in WHOLE if key in layer):
-        content.pop(choice, None)
+        content[choice] = layer[choice]
     _lay_over(content, layer, name)
     for change in changes or []:
         key, separator, value = change.partition("=")

@@ -15,6 +15,7 @@ from lvlmva_core.arrays import read_json, write_table
 from lvlmva_core.models import ModelSpec, build_model, save_checkpoint
 from lvlmva_core.samples import read_images, read_samples
 from stages.prepare import prepare
+from stages.settings import settings
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,8 +27,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     yaml = YAML(pure=True)
     params = yaml.load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     params["compute"]["threads"] = 1
-    params["baseline"]["rrr_gt"] |= {"epochs": 150, "seeds": [0, 1], "rrr_lambda": 0.3}
-    params["baseline"]["rrr_gt"]["selection"] = {
+    params["align"] |= {"epochs": 150, "seeds": [0, 1]}
+    params["methods"]["rrr_gt"]["selection"] = {
         "rule": "pseudo_group",
         "rrr_lambdas": [0.0, 0.3],
         "patience": None,
@@ -41,6 +42,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     channels, height, width = read_images(folder / "images.zarr", np.array([0])).shape[1:]
     spec = ModelSpec("mlp", channels, height, width, 10, 64)
     save_checkpoint(folder / "base.safetensors", spec, build_model(spec, seed=0))
+    settings(folder / "params.yaml", folder / "settings")
     return folder
 
 
@@ -52,10 +54,12 @@ def _start(inputs: Path, out: Path, store: Path) -> subprocess.Popen[str]:
         "samples": inputs / "samples.parquet",
         "alignment-set": inputs / "alignment_set.parquet",
         "spurious-masks": inputs / "masks.zarr",
-        "model": inputs / "base.safetensors",
-        "out": out / "models",
-        "metrics": out / "metrics.json",
-        "curves": out / "curves.csv",
+        "settings": inputs / "settings",
+        "masks": inputs / "masks.zarr",
+        "base": inputs / "base.safetensors",
+        "models": out / "models",
+        "method-metrics": out,
+        "curves": out,
     }
     command = [sys.executable, "-m", "stages.align"]
     command += [word for name, value in options.items() for word in (f"--{name}", str(value))]

@@ -60,9 +60,9 @@ class Workspace:
             images=self.folder / "images.zarr",
             samples=self.folder / "samples.parquet",
             alignment_set=self.folder / "alignment_set.parquet",
-            model=self.folder / "model.safetensors",
-            out=self.out,
-            metrics=self.folder / "attribute.json",
+            base=self.folder / "model.safetensors",
+            attributions=self.out,
+            attribute_metrics=self.folder / "attribute.json",
         )
         return read_json(self.folder / "attribute.json")["attribute"]  # type: ignore[no-any-return]
 

@@ -22,7 +22,7 @@ def test_differences_are_drawn_with_a_star_where_they_are_significant() -> None:
     figure = differences_figure(found, 7, "oracle")
     wga = figure.axes[0]
     assert [bar.get_width() for bar in wga.patches] == [-0.1, 0.3]  # in the order of the table of methods
-    assert [label.get_text() for label in wga.get_yticklabels()] == ["λ = 0 (control)", "LVLM-VA"]
+    assert [label.get_text() for label in wga.get_yticklabels()] == ["control: λ = 0", "LVLM-VA"]
     assert [text.get_text() for text in wga.texts] == ["-0.100", "+0.300 *"]
     low, high = wga.get_xlim()
     assert low < -0.12

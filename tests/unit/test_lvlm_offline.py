@@ -190,7 +190,7 @@ def test_the_digest_of_a_segmentation_is_the_one_that_overrides_are_tied_to() ->
 
 
 def test_critic_and_judge_import_without_torch() -> None:
-    modules = "stages.critique, stages.judge, stages.cli, lvlmva_core.lvlm.critic, lvlmva_core.lvlm.judge, openai"
+    modules = "stages.critique, stages.judge, lvlmva.cli, lvlmva_core.lvlm.critic, lvlmva_core.lvlm.judge, openai"
     code = f"import {modules}, sys; assert 'torch' not in sys.modules, 'torch was imported'"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
