@@ -143,11 +143,11 @@ def write_params(folder: Path, server: Server, **changes: Any) -> Path:
 CRITIQUE = (
     "stages.critique --params params.yaml --images data/images.zarr --samples data/samples.parquet "
     "--segments data/segments.zarr --attributions data/attributions.zarr --spurious-masks data/spurious_masks.zarr "
-    "--prompts prompts --out data/critiques.jsonl"
+    "--prompts prompts --critiques data/critiques.jsonl"
 )
 JUDGE = (
-    "stages.judge --params params.yaml --critiques data/critiques.jsonl --prompts prompts --out data/verdicts.jsonl "
-    "--metrics metrics/judge.json"
+    "stages.judge --params params.yaml --critiques data/critiques.jsonl --prompts prompts --verdicts data/verdicts.jsonl "
+    "--judge-metrics metrics/judge.json"
 )
 
 

@@ -119,31 +119,31 @@ def test_the_command_lists_shows_checks_moves_and_plans_calls(tmp_path: Path, se
     variables = environment(store)
     run(here, CRITIQUE, variables)
     run(here, JUDGE, variables)
-    listed = run(here, "stages.cli calls list --model tester", variables).splitlines()
+    listed = run(here, "lvlmva.cli calls list --model tester", variables).splitlines()
     assert len(listed) == _bought(store)
-    one = run(here, "stages.cli calls list --sample patient-0002", variables).split()
+    one = run(here, "lvlmva.cli calls list --sample patient-0002", variables).split()
     assert one[1] == "tester"
-    shown = run(here, f"stages.cli calls show {one[0]}", variables)
+    shown = run(here, f"lvlmva.cli calls show {one[0]}", variables)
     assert '"finish_reason": "stop"' in shown
     assert KEY not in shown
-    assert "0 calls" not in run(here, "stages.cli calls check", variables)
-    run(here, f"stages.cli calls pack {tmp_path / 'a.jsonl.gz'}", variables)
+    assert "0 calls" not in run(here, "lvlmva.cli calls check", variables)
+    run(here, f"lvlmva.cli calls pack {tmp_path / 'a.jsonl.gz'}", variables)
     other = environment(tmp_path / "other")
-    run(here, f"stages.cli calls import {tmp_path / 'a.jsonl.gz'}", other)
-    run(here, f"stages.cli calls pack {tmp_path / 'b.jsonl.gz'}", other)
+    run(here, f"lvlmva.cli calls import {tmp_path / 'a.jsonl.gz'}", other)
+    run(here, f"lvlmva.cli calls pack {tmp_path / 'b.jsonl.gz'}", other)
     assert (tmp_path / "a.jsonl.gz").read_bytes() == (tmp_path / "b.jsonl.gz").read_bytes()
-    run(here, f"stages.cli calls export {tmp_path / 'c.jsonl'} --sample patient-0002", variables)
+    run(here, f"lvlmva.cli calls export {tmp_path / 'c.jsonl'} --sample patient-0002", variables)
     exported = (tmp_path / "c.jsonl").read_text()
     assert exported.count("\n") >= 1
     assert "patient" not in exported
     (tmp_path / "c.jsonl").write_text(exported.replace("I looked", "I did not look"))
-    assert "1 records were refused" in run(here, f"stages.cli calls import {tmp_path / 'c.jsonl'}", other, code=1)
+    assert "1 records were refused" in run(here, f"lvlmva.cli calls import {tmp_path / 'c.jsonl'}", other, code=1)
     path = next((store / "calls").glob("??/*.json"))
     path.write_bytes(b"{}")
-    assert "1 records were damaged" in run(here, "stages.cli calls check", variables, code=1)
-    assert "1 damaged" not in run(here, "stages.cli calls check", variables)
+    assert "1 records were damaged" in run(here, "lvlmva.cli calls check", variables, code=1)
+    assert "1 damaged" not in run(here, "lvlmva.cli calls check", variables)
     allowed = environment(store, XDG_CONFIG_HOME=str(tmp_path / "config"))
-    run(here, "stages.cli calls allow https://models.example.org --variable EXAMPLE_API_KEY", allowed)
+    run(here, "lvlmva.cli calls allow https://models.example.org --variable EXAMPLE_API_KEY", allowed)
     hosts = (tmp_path / "config" / "lvlmva" / "hosts").read_text()
     assert hosts == "https://models.example.org EXAMPLE_API_KEY\n"
 

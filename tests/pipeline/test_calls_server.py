@@ -52,7 +52,7 @@ def _critique(dry_run: bool = False) -> None:
         attributions=data / "attributions.zarr",
         spurious_masks=data / "spurious_masks.zarr",
         prompts=Path("prompts"),
-        out=data / "critiques.jsonl",
+        critiques=data / "critiques.jsonl",
         dry_run=dry_run,
     )
 

@@ -18,7 +18,7 @@ from tests.pipeline.calls import CRITIQUE, JUDGE, ROOT, Server, environment, pro
 COUNT = 6
 SEGMENT = (
     "stages.segment --params params.yaml --attributions data/attributions.zarr --images data/images.zarr "
-    "--samples data/samples.parquet --out data/segments.zarr --metrics metrics/segment.json"
+    "--samples data/samples.parquet --segments data/segments.zarr --segment-metrics metrics/segment.json"
 )
 DATA = ["data/images.zarr", "data/samples.parquet", "data/attributions.zarr", "data/spurious_masks.zarr"]
 
@@ -317,7 +317,7 @@ for name, segmenter in list(methods.SEGMENTERS.items()):
         segments[:, 0, 0] = (segments[:, 0, 0] + 1) % 2
         return {**found, "segments": segments}
     object.__setattr__(segmenter, "segment", shifted)
-from stages.entry import run
+from lvlmva.entry import run
 from stages.segment import segment
 
 run(segment)
@@ -357,9 +357,9 @@ def test_the_plan_of_changed_params_is_said_and_nothing_is_sent(tmp_path: Path, 
     one = _first(tmp_path, server, BOTH)
     one.run("dvc repro")
     server.set()
-    said = one.run("python -m stages.cli calls plan")
+    said = one.run("python -m lvlmva.cli calls plan")
     assert f"critique.endpoint: {COUNT} answers in the store, 0 calls to buy" in said
-    said = one.run("python -m stages.cli calls plan -S critique.endpoint.model=larger -S judge.endpoint.retries=0")
+    said = one.run("python -m lvlmva.cli calls plan -S critique.endpoint.model=larger -S judge.endpoint.retries=0")
     assert f"critique.endpoint: 0 answers in the store, {COUNT} calls to buy from larger" in said
     assert "0 calls to buy" in said.splitlines()[-1]
     assert server.log() == []

@@ -89,12 +89,17 @@ def test_killed_and_started_again_the_stage_writes_the_same_bytes(inputs: Path, 
     assert "goes on from the checkpoint" in again.communicate()[1]
     assert again.returncode == 0
     expected = _outputs(tmp_path / "whole")
-    assert set(expected) == {"models/seed=0.safetensors", "models/seed=1.safetensors", "metrics.json", "curves.csv"}
+    assert set(expected) == {
+        "models/rrr_gt/seed=0.safetensors",
+        "models/rrr_gt/seed=1.safetensors",
+        "rrr_gt.json",
+        "rrr_gt.csv",
+    }
     assert _outputs(tmp_path / "killed") == expected
     assert not list(store.glob("resume/??/*.pt"))
     assert not list((tmp_path / "store of the whole run").glob("resume/??/*.pt"))
 
-    metrics = read_json(tmp_path / "whole/metrics.json")["rrr_gt"]
+    metrics = read_json(tmp_path / "whole/rrr_gt.json")["rrr_gt"]
     assert metrics["rrr_lambda"]["inputs_0_to_255"] == metrics["rrr_lambda"]["inputs_0_to_1"] * 65025
     candidates = metrics["selection"]["candidates"]
     best = max(candidates, key=lambda name: candidates[name]["score"]["mean"])
