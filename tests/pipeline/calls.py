@@ -146,8 +146,8 @@ CRITIQUE = (
     "--prompts prompts --critiques data/critiques.jsonl"
 )
 JUDGE = (
-    "stages.judge --params params.yaml --critiques data/critiques.jsonl --prompts prompts --verdicts data/verdicts.jsonl "
-    "--judge-metrics metrics/judge.json"
+    "stages.judge --params params.yaml --critiques data/critiques.jsonl --prompts prompts "
+    "--verdicts data/verdicts.jsonl --judge-metrics metrics/judge.json"
 )
 
 
