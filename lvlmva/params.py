@@ -56,6 +56,7 @@ class Critique(Settings):
     critic: Literal["rules", "oracle", "model", "replay"]
     prompts: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
     name_spurious_feature: bool
+    overlay: Literal["grey", "colour"] = "grey"
     max_failed_share: Share
     oracle_rejects: Literal["spurious_feature", "off_object"] = "spurious_feature"
     overlap: Annotated[str, Field(pattern=r"^(any|half_of_feature|majority_of_attribution)$")]

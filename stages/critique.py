@@ -157,6 +157,7 @@ def _ask_model(
             pictures[place],
             label_maps[place],
             name_spurious_feature=config.name_spurious_feature,
+            overlay=config.overlay,
         )
 
     async def ask(client: Client, place: int, question: Question) -> Record:
@@ -179,7 +180,11 @@ def _ask_model(
     )
     if results is None:
         return
-    settings = {"name_spurious_feature": config.name_spurious_feature, "prompt": loaded.digest}
+    settings = {
+        "name_spurious_feature": config.name_spurious_feature,
+        "overlay": config.overlay,
+        "prompt": loaded.digest,
+    }
     for place, result in zip(places, results, strict=True):
         rows[place]["settings"] = settings
         if isinstance(result, str):

@@ -28,8 +28,6 @@ def judge_call(
 ) -> Call:
     """The call for one critique.
 
-    The critique stands between two lines that hold a digest of it: text inside it cannot forge them.
-
     Args:
         colours: of the regions that need a verdict.
         answer_format: "json_schema" (the server enforces the form) or "prompt" (asked for in words only).
@@ -38,8 +36,7 @@ def judge_call(
     Raises:
         InputError: the template cannot be filled.
     """
-    fence = f"CRITIQUE {hashlib.sha256(critique.encode()).hexdigest()[:16]}"
-    turns = [Message("user", (prompts.render(critique=critique, regions=colours, fence=fence),))]
+    turns = [Message("user", (judge_text(prompts, critique, colours),))]
     for answer, problem in earlier:
         again = AGAIN.format(problem=problem, colours=", ".join(colours))
         turns += [Message("assistant", (answer,)), Message("user", (again,))]
@@ -48,6 +45,20 @@ def judge_call(
         schema = {"name": "verdicts", "strict": True, "schema": verdict_schema(colours)}
         parameters["response_format"] = {"type": "json_schema", "json_schema": schema}
     return Call(endpoint.model, endpoint.revision, tuple(turns), parameters, index=len(earlier))
+
+
+def judge_text(prompts: Prompts, critique: str, colours: list[str]) -> str:
+    """The words of a first call: the critique stands between two lines `fence_of` it, which it cannot forge.
+
+    Raises:
+        InputError: the template cannot be filled.
+    """
+    return prompts.render(critique=critique, regions=colours, fence=fence_of(critique))
+
+
+def fence_of(critique: str) -> str:
+    """The line before and after a critique: it holds the critique's own digest."""
+    return f"CRITIQUE {hashlib.sha256(critique.encode()).hexdigest()[:16]}"
 
 
 def verdict_schema(colours: list[str]) -> dict[str, Any]:
