@@ -20,7 +20,8 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], attrs: Mapping[st
     """Write arrays of equal first dimension as one zarr group that replaces whatever stood at `path`.
 
     Chunks hold one sample, or as many as fill 64 KiB, shards 64 samples; blosc-zstd with shuffle, and a CRC-32C per
-    chunk so that damage is noticed when it is read. The group is built beside `path` and renamed, so `path` is never half written.
+    chunk so that damage is noticed when it is read. The group is built beside `path` and renamed, so `path` is never
+    half written.
 
     Args:
         path: folder of the group.

@@ -14,8 +14,9 @@ def mean_and_std(values: Sequence[float]) -> dict[str, float]:
 def wilcoxon_test(differences: Sequence[float]) -> dict[str, float | int]:
     """Exact Wilcoxon signed-rank test of paired differences (LVLM-VA §5.2; scipy).
 
-    Zero differences are left out. Where differences tie, all 2^n signs are enumerated, so that these are exact too, up to
-    16 differences; above that scipy's own choice of method is taken. With n = 7 the least two-sided p is 2 / 128 = 0.0156.
+    Zero differences are left out. Where differences tie, all 2^n signs are enumerated, so that these are exact too, up
+    to 16 differences; above that scipy's own choice of method is taken. With n = 7 the least two-sided p is 2 / 128 =
+    0.0156.
 
     Returns:
         n (differences that are not zero), p_two_sided, p_greater (one-sided: the differences lie above zero).
