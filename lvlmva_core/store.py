@@ -1,7 +1,7 @@
 """A content-addressed store: what was paid for or computed once, by the digest of what it came from.
 
 Records are files `<kind>/<first two digits>/<key>.<suffix>` below one folder. They are put if absent and never changed,
-expired or evicted; several processes may share a store. POSIX only (hard links; locks by the library filelock, on flock).
+expired or evicted; several processes may share a store. POSIX only (hard links, and flock by the library filelock).
 """
 
 import asyncio
