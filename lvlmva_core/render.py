@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw
 
 from lvlmva_core.regions import MAX_REGIONS, NO_REGION, regions_present
 
+Overlay = Literal["grey", "colour"]  # how picture (c) is drawn
 SMALLEST_SIDE = 224  # pixels; what is smaller is enlarged before it is shown
 
 
@@ -61,7 +62,7 @@ def render_overlay(
     segments: np.ndarray,
     n_regions: int = MAX_REGIONS,
     opacity: float = 0.4,
-    style: Literal["grey", "colour"] = "grey",
+    style: Overlay = "grey",
 ) -> np.ndarray:
     """Picture (c): the regions' colours over the image, enlarged: uint8 (H', W', 3).
 

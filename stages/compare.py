@@ -9,7 +9,7 @@ from lvlmva.entry import run
 from lvlmva.params import load_params
 from lvlmva_core.arrays import read_array, read_attrs, read_json, read_table, write_json
 from lvlmva_core.comparison import entropy_summary, measure, over_seeds, tests, verdicts_against_truth
-from lvlmva_core.lvlm.records import VERDICT_FIELDS, read_rows
+from lvlmva_core.lvlm.records import VerdictRow, read_rows
 from lvlmva_core.outputs import BASE, read_outputs
 from lvlmva_core.samples import read_object_masks, read_samples, read_spurious_masks, rows_of_ids
 
@@ -56,20 +56,15 @@ def compare(
 def _verdicts(
     table: pd.DataFrame, spurious_masks: Path, attributions: Path, segments: Path, verdicts: Path
 ) -> dict[str, object]:
-    records = {record["sample"]: record for record in read_rows(verdicts, VERDICT_FIELDS)}
+    records = {row.sample: row for row in read_rows(verdicts, VerdictRow)}
     ids = list(read_attrs(segments)["ids"])
     rows = rows_of_ids(table, ids)
     masks, known = read_spurious_masks(spurious_masks, rows)
-    given = [
-        None
-        if records[sample]["failure"] is not None
-        else {entry["region"]: entry["verdict"] for entry in records[sample]["verdicts"]}
-        for sample in ids
-    ]
+    given = [None if records[sample].failure is not None else records[sample].by_region() for sample in ids]
     return {
-        "critic": sorted({record["critic"] for record in records.values()}),
-        "judge": sorted({record["judge"] for record in records.values()}),
-        "critic_settings": next((record["settings"] for record in records.values() if record["settings"]), {}),
+        "critic": sorted({record.critic for record in records.values()}),
+        "judge": sorted({record.judge for record in records.values()}),
+        "critic_settings": next((record.settings for record in records.values() if record.settings), {}),
         "samples": len(records),
         "samples_failed": sum(verdict is None for verdict in given),
         "samples_with_true_mask": int(np.sum(known)),

@@ -29,7 +29,8 @@ class Server:
 
     def set(self, **control: Any) -> None:
         """Behave so from now on; what is not given goes back to the default."""
-        default = {"latency_s": 0.0, "faults": [], "always": None, "usage": True, "say": None, "forget": True}
+        default = {"latency_s": 0.0, "faults": [], "always": None, "usage": True, "say": None, "keep": True}
+        default["forget"] = True
         data = json.dumps({**default, **control}).encode()
         urllib.request.urlopen(urllib.request.Request(self.url + "/control", data), timeout=10).close()
 
@@ -37,6 +38,10 @@ class Server:
         """All requests since `set`, oldest first."""
         log: list[dict[str, Any]] = self._state()["log"]
         return log
+
+    def paid(self) -> int:
+        """Answers that were sent whole under a status of success since `set`."""
+        return sum(entry["paid"] for entry in self.log())
 
     def most_at_once(self) -> int:
         """Most requests under way at the same time since `set`."""
