@@ -8,15 +8,15 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from lvlmva_core.align_settings import AlignSettings
-from lvlmva_core.attribute_settings import Attribute
+from lvlmva_core.attribution_methods import AttributionMethod
 from lvlmva_core.comparison import SUBJECT
 from lvlmva_core.datasets.settings import Prepare
 from lvlmva_core.errors import InputError
 from lvlmva_core.lvlm.settings import Endpoint
 from lvlmva_core.methods import METHODS
 from lvlmva_core.regions import Overlap
-from lvlmva_core.segment_settings import Segment
-from lvlmva_core.settings import Count, NonNegative, Positive, Seed, Settings, Share
+from lvlmva_core.segmenters import Segmenter
+from lvlmva_core.settings import Choice, Count, NonNegative, Positive, Seed, Settings, Share
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
@@ -125,8 +125,8 @@ class Params(Settings):
     prepare: Prepare
     train: Train
     rank: Rank
-    attribute: Attribute
-    segment: Segment
+    attribute: AttributionMethod
+    segment: Segmenter
     critique: Critique
     judge: Judge
     mask: Mask
@@ -237,4 +237,6 @@ def _fields_at(section: type[Settings], location: tuple[Any, ...]) -> list[str]:
         if field is None:
             return []
         model = field.annotation
+    if isinstance(model, type) and issubclass(model, Choice):
+        return model.known_keys()
     return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []

@@ -25,6 +25,8 @@ from lvlmva_core.errors import InputError
 
 log = logging.getLogger(__name__)
 
+Record = dict[str, np.ndarray]  # what `Store.put_arrays` keeps under one key
+
 ARRAYS_SCHEMA = 1
 HYDRATED = "hydrated"  # folder of marks: which committed outputs the store has already taken in
 _KEY = re.compile(r"[0-9a-f]{64}")
