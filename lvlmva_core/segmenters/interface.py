@@ -61,7 +61,7 @@ class Segmenter(Choice):
         Returns:
             "segments" uint8 (n, H, W), 255 = none, regions numbered by falling share of the positive attribution;
             "weights" float64 (n, J), these shares; "status" str (n,): "ok", "no_positive_effect" (segments 255,
-            weights 0), "too_few_pixels" or "collapsed" (fewer regions than asked for). More arrays of n rows may follow.
+            weights 0), "too_few_pixels" or "collapsed" (fewer regions than asked for). There may be more arrays.
 
         Raises:
             InputError: a map is not finite.

@@ -34,11 +34,12 @@ class PpepsWgm(Segmenter):
         from lvlmva_core.segmentation.mixture import fit_weighted_gmm
 
         weights = torch.from_numpy(np.maximum(attributions, 0)).to(device)
-        how = {"seed": self.seed, "n_starts": self.n_starts}
+        seed, n_starts = self.seed, self.n_starts
         if self.choose == "fixed":
-            fit = fit_weighted_gmm(weights, self.n_regions, **how, names=ids)
+            fit = fit_weighted_gmm(weights, self.n_regions, seed=seed, n_starts=n_starts, names=ids)
         else:
-            fit, _ = fit_chosen_gmm(weights, range(1, self.n_regions + 1), self.choose, **how, names=ids)
+            numbers = range(1, self.n_regions + 1)
+            fit, _ = fit_chosen_gmm(weights, numbers, self.choose, seed=seed, n_starts=n_starts, names=ids)
         return {
             "segments": fit.labels.cpu().numpy(),
             "weights": fit.weights.double().cpu().numpy(),
