@@ -132,6 +132,48 @@ def entropy_summary(entropies: np.ndarray, spurious: np.ndarray, label: np.ndarr
     return {"auroc": entropy_auroc(entropies, spurious), "auroc_per_class": per_class}
 
 
+def flat(values: Runs) -> pd.DataFrame:
+    """One row a model: method, seed, and a column for each "split.metric"."""
+    return pd.DataFrame(
+        [{"method": m, "seed": s, **of_model} for m, by_seed in values.items() for s, of_model in by_seed.items()]
+    )
+
+
+def verdict_summary(
+    records: Sequence[Mapping[str, Any]],
+    ids: Sequence[str],
+    segments: np.ndarray,
+    attributions: np.ndarray,
+    spurious_masks: np.ndarray,
+    known: np.ndarray,
+    object_masks: np.ndarray | None,
+    *,
+    overlap: Overlap,
+) -> dict[str, Any]:
+    """Who judged, how many samples failed, and `verdicts_against_truth`.
+
+    Args:
+        records: rows of verdicts.jsonl. ids: the N samples of the arrays. overlap: the rule of record.
+    """
+    of_sample = {record["sample"]: record for record in records}
+    given = [
+        None
+        if of_sample[sample]["failure"] is not None
+        else {entry["region"]: entry["verdict"] for entry in of_sample[sample]["verdicts"]}
+        for sample in ids
+    ]
+    return {
+        "critic": sorted({record["critic"] for record in records}),
+        "judge": sorted({record["judge"] for record in records}),
+        "critic_settings": next((record["settings"] for record in records if record["settings"]), {}),
+        "samples": len(records),
+        "samples_failed": sum(verdict is None for verdict in given),
+        "samples_with_true_mask": int(np.sum(known)),
+        "overlap_of_record": overlap,
+        **verdicts_against_truth(given, segments, attributions, spurious_masks, known, object_masks),
+    }
+
+
 def verdicts_against_truth(
     verdicts: Sequence[Mapping[int, str] | None],
     segments: np.ndarray,
