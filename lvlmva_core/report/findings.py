@@ -1,4 +1,4 @@
-"""What came out, as figures with captions and as a page: from arrays, tables and the content of metrics/evaluate.json."""
+"""What came out, as figures with captions and as a page: from arrays, tables and metrics/evaluate.json."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ class Findings:
     """All that is shown.
 
     content: of metrics/evaluate.json. about: of the data set: dataset, class_names, spurious_feature.
-    samples: the sample table. curves: method -> curve of alignment (`figures.curves_figure`). base_accuracy: of the base
-    model on the validation split. entropies: id and entropy of training samples, by the base model.
+    samples: the sample table. curves: method -> curve of alignment (`figures.curves_figure`).
+    base_accuracy: of the base model, on the validation split. entropies: id and entropy of training samples, by it.
     features: method -> float (N_test, D) of the split `test`.
     shown: the panel's samples. pictures: uint8 (n, C, H, W), of these. panel: `panel_of`'s parts and shares.
     """

@@ -1,6 +1,6 @@
 """Hold any model and any attribution method to account: a conformance suite for pytest, and two slow oracles.
 
-    from lvlmva_core.attribution.testing import AttributionTests
+    from lvlmva_core.testing.attribution import AttributionTests
 
     class TestMyModel(AttributionTests):
         def model(self, dtype, device):
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lvlmva_core.attribution.deep_lift import deep_lift_shap
+from lvlmva_core.testing.checks import global_generators_left_alone
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}  # of the sum of absolute attributions
 
@@ -129,10 +130,8 @@ class AttributionTests:
     def test_random_generators_are_left_alone(self) -> None:
         """Nothing is drawn from, or seeds, the global generators."""
         model, (inputs, baselines, targets) = self._in_float64()
-        before = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[index] # noqa: NPY002
-        self.explain(model, inputs, baselines, targets, 5)
-        assert torch.equal(torch.get_rng_state(), before[0])
-        assert (np.random.get_state()[1] == before[1]).all()  # type: ignore[index] # noqa: NPY002
+        with global_generators_left_alone():
+            self.explain(model, inputs, baselines, targets, 5)
 
     def test_layout_of_the_inputs_changes_nothing(self) -> None:
         """Strided and channels_last inputs give what contiguous ones give."""
