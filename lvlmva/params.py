@@ -3,14 +3,14 @@
 import difflib
 import importlib
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from lvlmva_core.align_settings import AlignSettings
 from lvlmva_core.attribution_methods import AttributionMethod
 from lvlmva_core.comparison import SUBJECT
-from lvlmva_core.datasets.settings import Prepare
+from lvlmva_core.datasets.registry import Prepare
 from lvlmva_core.errors import InputError
 from lvlmva_core.lvlm.settings import Endpoint
 from lvlmva_core.methods import METHODS
@@ -215,13 +215,22 @@ def load_params(path: Path) -> Params:
 def _explain(error: ValidationError, section: type[Settings], place: str) -> str:
     """Say what the first error of a validation is, in one line that names the key and the remedy."""
     first = error.errors(include_url=False, include_context=True)[0]
-    key = place + ".".join(str(part) for part in first["loc"]) or "the file"
+    names = _walk(section, first["loc"])[0]
+    key = place + ".".join(names) or "the file"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
-        known = sorted(_fields_at(section, first["loc"][:-1]))
+        at = _walk(section, first["loc"][:-1])[1]
+        known = sorted(at.known_keys() if issubclass(at, Choice) else at.model_fields)
         close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
         remedy = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(known)}"
         return f"unknown key '{key}'; {remedy}{more}"
+    if first["type"] == "union_tag_invalid":  # the key that says which of several kinds of section this is
+        tag = first["ctx"]["discriminator"].strip("'")
+        known = [name.strip("'") for name in first["ctx"]["expected_tags"].split(", ")]
+        return f"'{key}.{tag}' = {first['ctx']['tag']!r}: expected one of {', '.join(known)}{more}"
+    if first["type"] == "union_tag_not_found":
+        tag = first["ctx"]["discriminator"].strip("'")
+        return f"key '{key}.{tag}' is missing; add it (see presets/ for a complete file){more}"
     if first["type"] == "missing":
         return f"key '{key}' is missing; add it (see presets/ for a complete file){more}"
     message = first["msg"].removeprefix("Value error, ")
@@ -230,13 +239,30 @@ def _explain(error: ValidationError, section: type[Settings], place: str) -> str
     return f"'{key}' = {first['input']!r}: {message[0].lower()}{message[1:]}{more}"
 
 
-def _fields_at(section: type[Settings], location: tuple[Any, ...]) -> list[str]:
-    model: Any = section
+def _walk(section: type[Settings], location: tuple[Any, ...]) -> tuple[list[str], type[BaseModel]]:
+    """Names of the keys that lead to a place, and the section that is there, as far as there is one.
+
+    pydantic puts the kind that a section was read as into the location of an error; in params.yaml it is no key.
+    """
+    names: list[str] = []
+    current: Any = section
     for part in location:
-        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
-        if field is None:
-            return []
-        model = field.annotation
-    if isinstance(model, type) and issubclass(model, Choice):
-        return model.known_keys()
-    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+        kinds = {kind: each for each in get_args(current) for kind in _kinds_of(each)}
+        if part in kinds:
+            current = kinds[part]
+            continue
+        names.append(str(part))
+        fields = current.model_fields if _is_model(current) else {}
+        current = fields[part].annotation if part in fields else None
+    found: Any = current if _is_model(current) else BaseModel
+    return names, found
+
+
+def _kinds_of(model: Any) -> tuple[Any, ...]:
+    """Values of the key that tells a section's kind, e.g. `prepare.dataset`."""
+    literals = [field.annotation for field in model.model_fields.values()] if _is_model(model) else []
+    return tuple(value for literal in literals if len(get_args(literal)) == 1 for value in get_args(literal))
+
+
+def _is_model(model: Any) -> bool:
+    return isinstance(model, type) and issubclass(model, BaseModel)
