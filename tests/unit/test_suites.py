@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lvlmva_core.attribution_methods import ATTRIBUTION_METHODS, AttributionMethod
+from lvlmva_core.attribution_methods.deep_lift_shap import DeepLiftShap
 from lvlmva_core.corruptions import CORRUPTIONS, contrast
 from lvlmva_core.lvlm.offline import criticise_by_oracle, criticise_by_rules
 from lvlmva_core.metrics import METRICS, Measured, Metric
@@ -20,6 +22,7 @@ from lvlmva_core.segmenters.ppeps_wgm import PpepsWgm
 from lvlmva_core.segmenters.sam import Sam
 from lvlmva_core.segmenters.slic import Slic
 from lvlmva_core.store import Store
+from lvlmva_core.testing.attribution import AttributionMethodTests
 from lvlmva_core.testing.corruption import CorruptionTests
 from lvlmva_core.testing.critic import Case, CriticTests
 from lvlmva_core.testing.metric import MetricTests
@@ -174,6 +177,49 @@ def test_a_segmenter_that_lies_about_pictures_or_keys_is_caught() -> None:
     found = complaints(Forgetful)
     assert "test_what_changes_the_result_changes_what_it_is_kept_under" in found
     assert "test_it_is_found_by_its_name" in found
+
+
+# ------------------------------------------------------------------------------------------------- attribution methods
+
+
+@pytest.mark.parametrize("name", ATTRIBUTION_METHODS)
+def test_every_attribution_method_passes_its_suite(name: str) -> None:
+    class Suite(AttributionMethodTests):
+        n_classes = 3
+        shape = (3, 8, 8)
+
+        def method(self, batch_size: int) -> AttributionMethod:
+            return AttributionMethod.model_validate({"method": name, "n_baselines": 4, "batch_size": batch_size})
+
+    assert complaints(Suite) == set()
+
+
+def _of_the_whole_batch(maps: Tensor) -> Tensor:
+    return maps - maps.mean(0, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (_of_the_whole_batch, "test_samples_are_independent"),
+        (lambda maps: 1.01 * maps, "test_attributions_add_up"),
+        (lambda maps: maps.float(), "test_attributions_add_up"),
+        (lambda maps: maps + torch.rand(()), "test_random_generators_are_left_alone"),
+        (lambda maps: maps + 1e-3, "test_an_input_that_is_its_baseline_has_no_attribution"),
+    ],
+)
+def test_a_broken_attribution_method_is_caught(change: Callable[[Tensor], Tensor], complaint: str) -> None:
+    class Suite(AttributionMethodTests):
+        shape = (3, 8, 8)
+        dtypes = (torch.float64,)
+
+        def method(self, batch_size: int) -> AttributionMethod:
+            return DeepLiftShap(n_baselines=4, batch_size=batch_size)
+
+        def explain(self, *given: Any) -> Tensor:
+            return change(super().explain(*given))
+
+    assert complaint in complaints(Suite)
 
 
 # ----------------------------------------------------------------------------------------------------------- penalties
