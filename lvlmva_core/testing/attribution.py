@@ -34,7 +34,8 @@ def random_images(count: int, shape: tuple[int, ...], seed: int, dtype: torch.dt
 class AttributionTests:
     """What a complete attribution method owes its caller. Subclass it, override `model`, and let pytest collect it.
 
-    complete: whether maps add up to the difference of outputs. shape: (C, H, W) of an image. n_inputs, n_baselines, batch_sizes: kept small where the model is large.
+    complete: whether maps add up to the difference of outputs. shape: (C, H, W) of an image.
+    n_inputs, n_baselines, batch_sizes: kept small where the model is large.
     """
 
     shape: tuple[int, ...] = (3, 16, 16)
