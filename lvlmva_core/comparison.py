@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from lvlmva_core.errors import InputError
+from lvlmva_core.lvlm.records import VerdictRow
 from lvlmva_core.metrics import METRICS, Measured, entropy_auroc, group_accuracies, verdict_quality
 from lvlmva_core.outputs import BASE, Outputs
 from lvlmva_core.regions import ON_OBJECT, Overlap, overlaps
@@ -140,7 +141,7 @@ def flat(values: Runs) -> pd.DataFrame:
 
 
 def verdict_summary(
-    records: Sequence[Mapping[str, Any]],
+    records: Sequence[VerdictRow],
     ids: Sequence[str],
     segments: np.ndarray,
     attributions: np.ndarray,
@@ -155,17 +156,12 @@ def verdict_summary(
     Args:
         records: rows of verdicts.jsonl. ids: the N samples of the arrays. overlap: the rule of record.
     """
-    of_sample = {record["sample"]: record for record in records}
-    given = [
-        None
-        if of_sample[sample]["failure"] is not None
-        else {entry["region"]: entry["verdict"] for entry in of_sample[sample]["verdicts"]}
-        for sample in ids
-    ]
+    of_sample = {record.sample: record for record in records}
+    given = [None if of_sample[sample].failure is not None else of_sample[sample].by_region() for sample in ids]
     return {
-        "critic": sorted({record["critic"] for record in records}),
-        "judge": sorted({record["judge"] for record in records}),
-        "critic_settings": next((record["settings"] for record in records if record["settings"]), {}),
+        "critic": sorted({record.critic for record in records}),
+        "judge": sorted({record.judge for record in records}),
+        "critic_settings": next((record.settings for record in records if record.settings), {}),
         "samples": len(records),
         "samples_failed": sum(verdict is None for verdict in given),
         "samples_with_true_mask": int(np.sum(known)),

@@ -6,7 +6,7 @@ from lvlmva.entry import run
 from lvlmva.params import load_params
 from lvlmva_core.arrays import read_array, read_attrs, read_json, read_table, write_json
 from lvlmva_core.comparison import entropy_summary, flat, measure, over_seeds, tests, verdict_summary
-from lvlmva_core.lvlm.records import VERDICT_FIELDS, read_rows
+from lvlmva_core.lvlm.records import VerdictRow, read_rows
 from lvlmva_core.outputs import BASE, read_outputs
 from lvlmva_core.samples import read_object_masks, read_samples, read_spurious_masks, rows_of_ids
 
@@ -43,7 +43,7 @@ def compare(
         "alignment_set": read_json(rank_metrics)["rank"],
         "entropy": entropy_summary(of_training["entropy"].to_numpy(), spurious, of_training["label"].to_numpy()),
         "verdicts": verdict_summary(
-            read_rows(verdicts, VERDICT_FIELDS),
+            read_rows(verdicts, VerdictRow),
             judged,
             read_array(segments, "segments"),
             read_array(attributions, "attributions"),
