@@ -212,6 +212,7 @@ def _place_of(section: type[Settings], location: tuple[Any, ...]) -> tuple[list[
     for part in location:
         if tagged:
             tagged = False
+            kinds = [kind for kind in kinds if part in _names_of(kind)] or kinds
             continue
         path.append(str(part))
         beside = sorted({name for kind in kinds for name in _keys_of(kind)})
@@ -220,6 +221,11 @@ def _place_of(section: type[Settings], location: tuple[Any, ...]) -> tuple[list[
         tagged = len(found) == 1 and len(members) > 1
         kinds = members
     return path, beside
+
+
+def _names_of(model: Any) -> list[Any]:
+    """Values of the key that tells which kind of section this is, e.g. `prepare.dataset`."""
+    return [value for field in model.model_fields.values() for value in get_args(field.annotation)]
 
 
 def _keys_of(model: Any) -> list[str]:

@@ -4,17 +4,19 @@ Pandas, scipy and files alone: no model is run, torch is not imported.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import pandas as pd
 
 from lvlmva_core.errors import InputError
-from lvlmva_core.lvlm.records import VerdictRow
 from lvlmva_core.metrics import METRICS, Measured, entropy_auroc, group_accuracies, verdict_quality
 from lvlmva_core.outputs import BASE, Outputs
 from lvlmva_core.regions import ON_OBJECT, Overlap, overlaps
 from lvlmva_core.statistics import mean_and_std, wilcoxon_test
+
+if TYPE_CHECKING:
+    from lvlmva_core.lvlm.records import VerdictRow
 
 SUBJECT = "lvlm_va"  # tested against every other method; the others against the base model
 
@@ -141,7 +143,7 @@ def flat(values: Runs) -> pd.DataFrame:
 
 
 def verdict_summary(
-    records: Sequence[VerdictRow],
+    records: "Sequence[VerdictRow]",
     ids: Sequence[str],
     segments: np.ndarray,
     attributions: np.ndarray,

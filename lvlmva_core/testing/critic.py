@@ -1,4 +1,4 @@
-"""Hold a critic that needs no network to account: what it writes, and that the judge of its prose reads it.
+"""Hold a stand-in for a critic to account: what it writes, and that the judge of its prose reads it.
 
 from lvlmva_core.testing.critic import CriticTests
 
@@ -8,46 +8,36 @@ class TestMine(CriticTests):
 """
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
-from lvlmva_core.lvlm.offline import judge_by_rules
+from lvlmva_core.lvlm.cases import Case
+from lvlmva_core.lvlm.offline import CRITICS, judge_by_rules
+from lvlmva_core.lvlm.settings import StandInCritic
 from lvlmva_core.regions import NO_REGION, regions_present
 from lvlmva_core.render import COLOUR_NAMES
 from lvlmva_core.testing.checks import global_generators_left_alone
 
 
-@dataclass(frozen=True)
-class Case:
-    """All that a critic may be told of a sample.
-
-    picture: uint8 (C, H, W). segments: uint8 (H, W), 255 = none. spurious_mask, object_mask: bool (H, W).
-    attribution: float32 (H, W).
-    """
-
-    sample: str
-    class_name: str
-    picture: np.ndarray
-    segments: np.ndarray
-    spurious_mask: np.ndarray
-    object_mask: np.ndarray
-    attribution: np.ndarray
-
-
 class CriticTests:
-    """What a critic owes its judge. Subclass it, override `criticise`, and let pytest collect it.
+    """What a stand-in owes its judge. Subclass it, set `name`, and let pytest collect it.
 
     numbering_matters: whether a verdict may depend on the number of its region, as drawn errors do.
     """
 
+    name: str
     numbering_matters = False
     channels = 1
     size = 28
 
+    def settings(self) -> StandInCritic:
+        """The section `critique` of params."""
+        return StandInCritic(critic=self.name, prompts="decoy_digits")
+
     def criticise(self, case: Case) -> str:
-        """The critique of a sample."""
-        raise NotImplementedError
+        """The critique of a sample, by the stand-in under test."""
+        return CRITICS[self.name].criticise(case, self.settings())
 
     def verdicts(self, case: Case, critique: str) -> dict[int, str]:
         """What the judge reads in it, region -> "yes" | "no"; raises ValueError where it cannot."""
@@ -67,7 +57,7 @@ class CriticTests:
         gaps = np.where(four % 2 == 0, four + 1, NO_REGION).astype(np.uint8)
         attribution = rng.normal(size=(size, size)).astype(np.float32)
         return [
-            Case(f"patient-{n}", "7", picture, segments, square, stroke, attribution)
+            Case(f"patient-{n}", "7", picture, segments, "ok", attribution, square, stroke)
             for n, segments in enumerate((four, np.zeros_like(four), gaps))
         ]
 
@@ -111,7 +101,7 @@ class CriticTests:
         for case, twin in zip(self.cases(), self.cases(), strict=True):
             self.criticise(case)
             for name in ("picture", "segments", "spurious_mask", "object_mask", "attribution"):
-                assert (getattr(case, name) == getattr(twin, name)).all(), f"{name} was written to"
+                assert np.array_equal(getattr(case, name), getattr(twin, name)), f"{name} was written to"
 
     def test_the_number_of_a_region_decides_nothing(self) -> None:
         """A region under another number and colour gets the same verdict."""

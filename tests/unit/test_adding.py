@@ -25,6 +25,7 @@ from lvlmva_core.comparison import measure, over_seeds
 from lvlmva_core.controls import MASK_SOURCES, Given
 from lvlmva_core.datasets import write_dataset
 from lvlmva_core.evaluation import evaluate_models
+from lvlmva_core.lvlm import offline
 from lvlmva_core.models import ModelSpec, build_model, save_checkpoint
 from lvlmva_core.report.tables import before_and_after
 from lvlmva_core.samples import Split, read_samples
@@ -62,6 +63,7 @@ def as_it_was() -> Iterator[None]:
         Segmenter.kinds,
         penalties.PENALTIES,
         metrics.METRICS,
+        offline.CRITICS,
         controls.MASK_SOURCES,
         methods.METHODS,
     ]
@@ -141,6 +143,13 @@ def test_a_segmenter_runs_in_its_stage(tmp_path: Path, monkeypatch: pytest.Monke
     found = read_array(tmp_path / "segments.zarr", "segments")
     assert (found == found[:, :, :1]).all()
     assert len(np.unique(found[0])) == 3
+
+
+def test_a_critic_is_chosen_in_params_and_named_as_a_stand_in(tmp_path: Path) -> None:
+    run_page(" critic")
+    chosen = load_params(params_with(tmp_path, critique={"critic": "bright"})).critique
+    assert chosen.critic == "bright"
+    assert offline.is_stand_in("bright")
 
 
 def test_a_data_set_is_written_and_read(tmp_path: Path) -> None:
@@ -238,6 +247,7 @@ sys.path.insert(0, {root!r})
 import numpy as np, pandas as pd, torch
 from lvlmva_core.align_settings import AlignSettings
 from lvlmva_core.alignment import align_ensemble
+from lvlmva_core.lvlm import offline
 from lvlmva_core.models import ModelSpec, build_model
 from lvlmva_core.samples import Split
 import lvlmva_core

@@ -25,6 +25,7 @@ LAYERS = [
     ["comparison"],
     ["methods"],
     ["report"],
+    ["testing"],
 ]
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
 CORE = ROOT / "lvlmva_core"

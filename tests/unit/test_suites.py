@@ -1,8 +1,9 @@
 """The conformance suites of `lvlmva_core.testing`: all that exists passes, and what is broken on purpose is caught."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 from lvlmva_core.attribution_methods import ATTRIBUTION_METHODS, AttributionMethod
 from lvlmva_core.attribution_methods.deep_lift_shap import DeepLiftShap
 from lvlmva_core.corruptions import CORRUPTIONS, contrast
-from lvlmva_core.lvlm.offline import criticise_by_oracle, criticise_by_rules
+from lvlmva_core.lvlm.cases import Case
+from lvlmva_core.lvlm.offline import CRITICS, criticise_by_rules
+from lvlmva_core.lvlm.settings import OracleCritic, StandInCritic
 from lvlmva_core.metrics import METRICS, Measured, Metric
 from lvlmva_core.penalties import PENALTIES, ClosedForm, Penalty, rrr_penalty, squared_gradient
 from lvlmva_core.segmenters import Arrays, Segmenter
@@ -24,7 +27,7 @@ from lvlmva_core.segmenters.slic import Slic
 from lvlmva_core.store import Store
 from lvlmva_core.testing.attribution import AttributionMethodTests
 from lvlmva_core.testing.corruption import CorruptionTests
-from lvlmva_core.testing.critic import Case, CriticTests
+from lvlmva_core.testing.critic import CriticTests
 from lvlmva_core.testing.metric import MetricTests
 from lvlmva_core.testing.penalty import PenaltyTests
 from lvlmva_core.testing.segmenter import SegmenterTests
@@ -355,35 +358,28 @@ def test_a_broken_store_is_caught(broken: type[Store], complaint: str) -> None:
 
 
 class TestRules(CriticTests):
-    def criticise(self, case: Case) -> str:
-        return criticise_by_rules(case.picture, case.segments)
+    name = "rules"
 
 
 class TestOracle(CriticTests):
-    rates = (0.0, 0.0)
-    with_object = False
+    name = "oracle"
+    told: Mapping[str, Any] = MappingProxyType({})
 
-    def criticise(self, case: Case) -> str:
-        return criticise_by_oracle(
-            case.sample,
-            case.segments,
-            case.spurious_mask,
-            case.attribution,
-            rule="half_of_feature",
-            false_positive_rate=self.rates[0],
-            false_negative_rate=self.rates[1],
-            seed=0,
-            object_mask=case.object_mask if self.with_object else None,
-        )
+    def settings(self) -> StandInCritic:
+        return OracleCritic(critic="oracle", prompts="decoy_digits", **self.told)
 
 
 class TestOracleThatErrs(TestOracle):
-    rates = (0.3, 0.4)
+    told = MappingProxyType({"false_positive_rate": 0.3, "false_negative_rate": 0.4})
     numbering_matters = True
 
 
 class TestOracleOfObjects(TestOracle):
-    with_object = True
+    told = MappingProxyType({"oracle_rejects": "off_object"})
+
+
+def test_every_stand_in_goes_through_the_suite() -> None:
+    assert {suite.name for suite in (TestRules, TestOracle)} == set(CRITICS)
 
 
 def _rules(case: Case) -> str:
