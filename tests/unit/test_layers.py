@@ -13,7 +13,7 @@ LAYERS = [
     ["align_settings"],
     ["samples", "corruptions", "regions"],
     ["datasets"],
-    ["models", "efficientnet_lite", "splits", "training", "resume"],
+    ["adam", "models", "efficientnet_lite", "splits", "training", "resume"],
     ["ranking"],
     ["attribution", "attribution_methods", "attribution_maps"],
     ["segmentation", "segmenters", "segmentations", "render"],
