@@ -1,16 +1,22 @@
 """Prompts from files: one folder per data set with critic.j2, judge.j2 and specification.yaml."""
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from lvlmva_core.errors import InputError
 
-Text = Annotated[str, Field(min_length=1)]
+
+def _said(text: str) -> str:
+    if text in ("~", "null"):  # all of a specification is read as text
+        raise ValueError("nothing is said here; write a description")
+    return text
+
+
+Text = Annotated[str, Field(min_length=1), AfterValidator(_said)]
 
 
 class Specification(BaseModel):
@@ -88,19 +94,20 @@ def _prompts(file: Path, specification: Specification | None, digest: str) -> Pr
 
 
 def _load_specification(file: Path) -> Specification:
-    import yaml
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
 
     try:
-        content = yaml.safe_load(_read(file))
-        if isinstance(content, Mapping) and isinstance(content.get("classes"), Mapping):
-            content = {**content, "classes": {str(name): text for name, text in content["classes"].items()}}
-        return Specification.model_validate(content)
-    except yaml.YAMLError as error:
+        # "base": every value is the text that stands there, so that classes may be named no, on, 1.0 or null
+        return Specification.model_validate(YAML(typ="base", pure=True).load(_read(file)))
+    except YAMLError as error:
         raise InputError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise InputError(f"{file}: '{where}': {first['msg'].lower()}; see prompts/generic for the form") from None
+        problem = first["msg"].removeprefix("Value error, ")
+        problem = problem[0].lower() + problem[1:]
+        raise InputError(f"{file}: '{where}': {problem}; see prompts/generic for the form") from None
 
 
 def _digest(folder: Path, *names: str) -> str:

@@ -106,7 +106,7 @@ SEGMENTERS = {
         settings=lambda config: {"seed": config.seed, "n_starts": config.n_starts, "choose": config.choose},
         segment=_ppeps_wgm,
     ),
-    "sam": Segmenter(version=1, reads_images=True, settings=_sam_settings, segment=_sam),
+    "sam": Segmenter(version=2, reads_images=True, settings=_sam_settings, segment=_sam),
     "slic": Segmenter(
         version=1,
         reads_images=True,
