@@ -30,6 +30,15 @@ def assemble_mask(segments: "Tensor", verdicts: Mapping[int, str]) -> "Tensor":
 
     Raises:
         ValueError: a region that is present lacks a verdict, or a verdict is none of the three words.
+
+    Examples:
+        Region 1 was rejected; pixels of no region (255) are never masked.
+
+        >>> import torch
+        >>> segments = torch.tensor([[0, 0, 1], [0, 255, 1]])
+        >>> assemble_mask(segments, {0: "yes", 1: "no"})
+        tensor([[False, False,  True],
+                [False, False,  True]])
     """
     import torch  # here, so that the stage `mask` starts without it
 

@@ -9,6 +9,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from lvlmva_core.errors import InputError
 
+CRITIC_FILES = ("critic.j2", "specification.yaml")
+JUDGE_FILES = ("judge.j2",)
+
 
 def _said(text: str) -> str:
     if text in ("~", "null"):  # all of a specification is read as text
@@ -71,12 +74,12 @@ def load_critic_prompts(folder: Path, class_names: list[str]) -> Prompts:
         raise InputError(
             f"{folder / 'specification.yaml'}: no description for the class '{missing[0]}'; add it under 'classes'"
         )
-    return _prompts(folder / "critic.j2", specification, _digest(folder, "critic.j2", "specification.yaml"))
+    return _prompts(folder / "critic.j2", specification, prompts_digest(folder, *CRITIC_FILES))
 
 
 def load_judge_prompts(folder: Path) -> Prompts:
     """Read judge.j2. Raises InputError where it is missing."""
-    return _prompts(folder / "judge.j2", None, _digest(folder, "judge.j2"))
+    return _prompts(folder / "judge.j2", None, prompts_digest(folder, *JUDGE_FILES))
 
 
 def _prompts(file: Path, specification: Specification | None, digest: str) -> Prompts:
@@ -110,7 +113,8 @@ def _load_specification(file: Path) -> Specification:
         raise InputError(f"{file}: '{where}': {problem}; see prompts/generic for the form") from None
 
 
-def _digest(folder: Path, *names: str) -> str:
+def prompts_digest(folder: Path, *names: str) -> str:
+    """sha256 over files of a folder of prompts. Raises InputError where one is missing."""
     return hashlib.sha256(b"".join(_read(folder / name).encode() + b"\0" for name in names)).hexdigest()
 
 
