@@ -20,7 +20,8 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], attrs: Mapping[st
     """Write arrays of equal first dimension as one zarr group that replaces whatever stood at `path`.
 
     Chunks hold one sample, or as many as fill 64 KiB, shards 64 samples; blosc-zstd with shuffle, and a CRC-32C per
-    chunk so that damage is noticed when it is read. The group is built beside `path` and renamed, so `path` is never half written.
+    chunk so that damage is noticed when it is read. The group is built beside `path` and renamed, so `path` is never
+    half written.
 
     Args:
         path: folder of the group.
@@ -136,7 +137,7 @@ _REPAIR = "restore it with `dvc checkout`, or delete it and run `dvc repro`"
 def _chunk_rows(array: np.ndarray) -> int:
     """The largest power of two, so that it divides a shard, whose samples fit into CHUNK_BYTES."""
     fitting = CHUNK_BYTES // max(1, array.itemsize * math.prod(array.shape[1:]))
-    return 2 ** (min(max(fitting, 1), SHARD_ROWS).bit_length() - 1)
+    return 1 << (min(max(fitting, 1), SHARD_ROWS).bit_length() - 1)
 
 
 def _count_shards(folder: Path) -> int:
