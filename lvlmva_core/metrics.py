@@ -141,7 +141,7 @@ class Measured:
     labels: np.ndarray
     spurious: np.ndarray
     groups: np.ndarray
-    training_shares: "pd.Series[float]"
+    training_shares: pd.Series
     maps: np.ndarray | None
     masks: np.ndarray | None
 
