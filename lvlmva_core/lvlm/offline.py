@@ -92,7 +92,7 @@ def criticise_by_oracle(
 
     Args:
         segments: uint8 (H, W); 255 = none. spurious_mask, object_mask: bool (H, W). attribution: float (H, W).
-        rule: of `lvlmva_core.overlap.overlaps`, for the spurious feature; a region lies on the object by
+        rule: of `lvlmva_core.regions.overlaps`, for the spurious feature; a region lies on the object by
             "majority_of_attribution".
     """
     if object_mask is None:
