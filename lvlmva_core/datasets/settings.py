@@ -57,10 +57,8 @@ class Prepare(Settings):
     def _settings_fit_the_dataset(self) -> "Prepare":
         own = {"knee": self.knee, "skin": self.skin}
         for name, section in own.items():
-            if section is None and self.dataset == name:
-                raise ValueError(f"dataset '{name}' needs the section prepare.{name}; `lvlmva preset {name}` writes it")
-            if section is not None and self.dataset != name:
-                raise ValueError(f"prepare.{name} is for dataset '{name}' alone, not for '{self.dataset}'; remove it")
+            if (section is None) == (self.dataset == name):
+                raise ValueError(f"dataset '{self.dataset}' needs its own section alone; see prepare.{name} in presets")
         if (self.image_size is None) == (self.dataset in own):
             raise ValueError("image_size must be set for knee and skin, and for no other dataset")
         return self
