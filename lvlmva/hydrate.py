@@ -10,11 +10,9 @@ import logging
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from lvlmva_core.errors import InputError
 from lvlmva_core.store import HYDRATED, Store
@@ -87,31 +85,6 @@ def committed_versions(out: str, store: Store, *, required: bool = False) -> Ite
             yield copy
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.touch()
-
-
-def absent_rows(
-    store: Store, kind: str, keys: list[str], out: str, take_in: Callable[[Path, Store], None]
-) -> list[int]:
-    """Places of the keys that `store` lacks, after it has taken in the committed versions of `out` if it lacked any.
-
-    Args:
-        take_in: puts every row of a version of `out` into the store.
-    """
-    absent = [n for n, key in enumerate(keys) if store.get_arrays(kind, key) is None]
-    if absent:
-        for version in committed_versions(out, store):
-            take_in(version, store)
-        absent = [n for n in absent if store.get_arrays(kind, keys[n]) is None]
-    return absent
-
-
-def all_rows(store: Store, kind: str, keys: list[str]) -> list[dict[str, np.ndarray]]:
-    """The records of all keys, which are expected to be there. Raises InputError where some were damaged meanwhile."""
-    records = [store.get_arrays(kind, key) for key in keys]
-    whole = [record for record in records if record is not None]
-    if len(whole) < len(keys):
-        raise InputError(f"{store.root}: {len(keys) - len(whole)} {kind} were damaged meanwhile; run again")
-    return whole
 
 
 @contextlib.contextmanager

@@ -3,20 +3,20 @@
 import difflib
 import importlib
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError
 
 from lvlmva_core.align_settings import AlignSettings
-from lvlmva_core.attribute_settings import Attribute
+from lvlmva_core.attribution_methods import AttributionMethod
 from lvlmva_core.comparison import SUBJECT
-from lvlmva_core.datasets.settings import Prepare
+from lvlmva_core.datasets.registry import Prepare
 from lvlmva_core.errors import InputError
-from lvlmva_core.lvlm.settings import Endpoint
+from lvlmva_core.lvlm.settings import Critique, Judge
 from lvlmva_core.methods import METHODS
 from lvlmva_core.regions import Overlap
-from lvlmva_core.segment_settings import Segment
-from lvlmva_core.settings import Count, NonNegative, Positive, Seed, Settings, Share
+from lvlmva_core.segmenters import Segmenter
+from lvlmva_core.settings import Choice, Count, NonNegative, Positive, Seed, Settings, Share
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
@@ -48,44 +48,6 @@ class Rank(Settings):
     n_samples: Count
     stratify: bool
     seed: Seed
-
-
-class Critique(Settings):
-    """Who criticises the regions."""
-
-    critic: Literal["rules", "oracle", "model", "replay"]
-    prompts: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
-    name_spurious_feature: bool
-    max_failed_share: Share
-    oracle_rejects: Literal["spurious_feature", "off_object"] = "spurious_feature"
-    overlap: Annotated[str, Field(pattern=r"^(any|half_of_feature|majority_of_attribution)$")]
-    false_positive_rate: Share
-    false_negative_rate: Share
-    seed: Seed
-    endpoint: Endpoint | None
-
-    @model_validator(mode="after")
-    def _model_has_an_endpoint(self) -> "Critique":
-        if self.critic in ("model", "replay") and self.endpoint is None:
-            raise ValueError(f"critic '{self.critic}' needs critique.endpoint; take one from presets/critics")
-        return self
-
-
-class Judge(Settings):
-    """Who turns critiques into verdicts."""
-
-    judge: Literal["rules", "model", "replay"]
-    prompts: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
-    answer_format: Literal["json_schema", "prompt"]
-    max_attempts: Annotated[int, Field(ge=1, le=10)]
-    max_failed_share: Share
-    endpoint: Endpoint | None
-
-    @model_validator(mode="after")
-    def _model_has_an_endpoint(self) -> "Judge":
-        if self.judge in ("model", "replay") and self.endpoint is None:
-            raise ValueError(f"judge '{self.judge}' needs judge.endpoint; take one from presets/critics")
-        return self
 
 
 class Mask(Settings):
@@ -125,8 +87,8 @@ class Params(Settings):
     prepare: Prepare
     train: Train
     rank: Rank
-    attribute: Attribute
-    segment: Segment
+    attribute: AttributionMethod
+    segment: Segmenter
     critique: Critique
     judge: Judge
     mask: Mask
@@ -226,26 +188,56 @@ def prompts_folder(prompts: Path, key: str, name: str) -> Path:
 def _explain(error: ValidationError, section: type[Settings], place: str) -> str:
     """Say what the first error of a validation is, in one line that names the key and the remedy."""
     first = error.errors(include_url=False, include_context=True)[0]
-    key = place + ".".join(str(part) for part in first["loc"]) or "the file"
+    path, known = _place_of(section, first["loc"])
+    key = place + ".".join(path) or "the file"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
-        known = sorted(_fields_at(section, first["loc"][:-1]))
-        close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        close = difflib.get_close_matches(path[-1], known, n=1)
         remedy = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(known)}"
         return f"unknown key '{key}'; {remedy}{more}"
+    if first["type"] == "union_tag_invalid":  # the key that says which of several kinds of section this is
+        tag = first["ctx"]["discriminator"].strip("'")
+        tags = [name.strip("'") for name in first["ctx"]["expected_tags"].split(", ")]
+        return f"'{key}.{tag}' = {first['ctx']['tag']!r}: expected one of {', '.join(tags)}{more}"
+    if first["type"] == "union_tag_not_found":
+        tag = first["ctx"]["discriminator"].strip("'")
+        return f"key '{key}.{tag}' is missing; add it (see presets/ for a complete file){more}"
     if first["type"] == "missing":
         return f"key '{key}' is missing; add it (see presets/ for a complete file){more}"
     message = first["msg"].removeprefix("Value error, ")
-    if isinstance(first["input"], dict):  # a whole section: what is wrong comes first, its content would bury it
+    # a whole section: its content would bury what is wrong; what stands in an endpoint may hold a secret
+    if isinstance(first["input"], dict) or not _NOT_SHOWN.isdisjoint(path):
         return f"'{key}': {message}{more}"
     return f"'{key}' = {first['input']!r}: {message[0].lower()}{message[1:]}{more}"
 
 
-def _fields_at(section: type[Settings], location: tuple[Any, ...]) -> list[str]:
-    model: Any = section
+_NOT_SHOWN = {"base_url", "api_key_variable", "extra_body"}
+
+
+def _place_of(section: type[Settings], location: tuple[Any, ...]) -> tuple[list[str], list[str]]:
+    """The keys that lead to a place, without the tag of a section that comes in kinds, and the keys known beside it."""
+    path: list[str] = []
+    beside: list[str] = []
+    kinds: list[Any] = [section]
+    tagged = False
     for part in location:
-        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
-        if field is None:
-            return []
-        model = field.annotation
-    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+        if tagged:
+            tagged = False
+            continue
+        path.append(str(part))
+        beside = sorted({name for kind in kinds for name in _keys_of(kind)})
+        found = [kind.model_fields[part].annotation for kind in kinds if part in kind.model_fields]
+        members = [inner for each in found for inner in _models_in(each)]
+        tagged = len(found) == 1 and len(members) > 1
+        kinds = members
+    return path, beside
+
+
+def _keys_of(model: Any) -> list[str]:
+    return model.known_keys() if issubclass(model, Choice) else list(model.model_fields)
+
+
+def _models_in(annotation: Any) -> list[Any]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in get_args(annotation) for model in _models_in(inner)]

@@ -15,8 +15,6 @@ from lvlmva_core.errors import InputError
 from lvlmva_core.regions import NO_REGION
 from lvlmva_core.segmentation import em
 
-METHOD_VERSION = 1  # to be raised with any change that can move a pixel to another region
-
 COARSEST = 14  # cells: grids are halved while their longer side has more
 CELLS_PER_COMPONENT = 8  # starts are compared on the coarsest grid that has this many cells with weight per component
 CONTESTS = (  # grids above the coarsest, starts that remain, EM steps before they are chosen

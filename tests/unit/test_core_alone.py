@@ -15,7 +15,7 @@ EXAMPLES = {  # the functions that docs and README name first
     "lvlmva_core.attribution.deep_lift": {"deep_lift_shap"},
     "lvlmva_core.segmentation.mixture": {"fit_weighted_gmm"},
     "lvlmva_core.masks": {"assemble_mask"},
-    "lvlmva_core.alignment.penalties": {"rrr_penalty"},
+    "lvlmva_core.penalties": {"rrr_penalty"},
     "lvlmva_core.metrics": {"group_accuracies", "alignment_score"},
 }
 BLOCK = """

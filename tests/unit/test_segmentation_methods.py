@@ -14,18 +14,19 @@ from torch.nn import functional
 
 from lvlmva_core.arrays import read_array, read_attrs, read_json, write_arrays, write_table
 from lvlmva_core.errors import InputError
-from lvlmva_core.segment_settings import Segment
 from lvlmva_core.segmentation import fit_chosen_gmm, fit_weighted_gmm, log_likelihood, sam
-from lvlmva_core.segmentation.methods import SEGMENTERS
 from lvlmva_core.segmentation.sam import load_sam, sam_regions
 from lvlmva_core.segmentation.superpixels import grid_regions, merge_regions, number_by_share, slic_regions
+from lvlmva_core.segmentations import records_in
+from lvlmva_core.segmenters import Segmenter
+from lvlmva_core.segmenters.ppeps_wgm import PpepsWgm
 from lvlmva_core.store import Store
-from stages.segment import segment, take_in
+from stages.segment import segment
 
 CPU = torch.device("cpu")
 
 
-def config(**changes: Any) -> Segment:
+def config(**changes: Any) -> Segmenter:
     defaults = {
         "method": "ppeps_wgm",
         "n_regions": 4,
@@ -35,7 +36,7 @@ def config(**changes: Any) -> Segment:
         "sam_checkpoint": None,
         "seed": 0,
     }
-    return Segment.model_validate({**defaults, **changes})
+    return Segmenter.model_validate({**defaults, **changes})
 
 
 def attributions(n: int, height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -234,7 +235,7 @@ def test_every_segmenter_keeps_the_interface(method: str, tmp_path: Path) -> Non
     maps = attributions(3, 40, 32)
     maps[1] = -1
     ids = ["a", "b", "c"]
-    result = SEGMENTERS[method].segment(maps, pictures(3, 40, 32), ids, settings, CPU)
+    result = settings.segment(maps, pictures(3, 40, 32), ids, CPU)
     assert result["segments"].dtype == np.uint8
     assert result["segments"].shape == (3, 40, 32)
     assert result["weights"].shape == (3, 4)
@@ -244,7 +245,7 @@ def test_every_segmenter_keeps_the_interface(method: str, tmp_path: Path) -> Non
         assert result["segments"][n].max() < 4
         assert result["weights"][n].sum() == pytest.approx(1, abs=1e-6)
         assert (np.diff(result["weights"][n]) <= 0).all()
-    alone = SEGMENTERS[method].segment(maps[2:], pictures(3, 40, 32)[2:], ["c"], settings, CPU)
+    alone = settings.segment(maps[2:], pictures(3, 40, 32)[2:], ["c"], CPU)
     assert all(np.array_equal(alone[name][0], result[name][2]) for name in result)
 
 
@@ -302,7 +303,7 @@ class Workplace:
         return {file: file.read_bytes() for file in sorted(self.store.rglob("*.arrays"))}
 
 
-def with_segment(template: str, section: Segment) -> str:
+def with_segment(template: str, section: Segmenter) -> str:
     from io import StringIO
 
     from ruamel.yaml import YAML
@@ -339,14 +340,13 @@ def test_stage_writes_what_the_fit_says(workplace: Workplace) -> None:
 def test_stage_segments_no_map_twice(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only what is new is segmented: nothing the second time, one map when one changes, all for another J."""
     segmented: list[str] = []
-    original = SEGMENTERS["ppeps_wgm"].segment
+    original = PpepsWgm.segment
 
-    def counting(maps: np.ndarray, images: Any, ids: Any, settings: Segment, device: torch.device) -> Any:
+    def counting(self: PpepsWgm, maps: np.ndarray, images: Any, ids: Any, device: torch.device) -> Any:
         segmented.extend(ids)
-        return original(maps, images, ids, settings, device)
+        return original(self, maps, images, ids, device)
 
-    changed = type(SEGMENTERS["ppeps_wgm"])(**{**vars(SEGMENTERS["ppeps_wgm"]), "segment": counting})
-    monkeypatch.setitem(SEGMENTERS, "ppeps_wgm", changed)
+    monkeypatch.setattr(PpepsWgm, "segment", counting)
     workplace.run()
     assert segmented == workplace.ids
     first = {file: file.read_bytes() for file in (workplace.folder / "segments.zarr").rglob("*") if file.is_file()}
@@ -375,7 +375,8 @@ def test_stage_mends_a_damaged_record(workplace: Workplace, caplog: pytest.LogCa
 def test_an_earlier_output_holds_all_that_the_store_needs(workplace: Workplace, method: str) -> None:
     workplace.run(method=method)
     elsewhere = Store(workplace.folder / "elsewhere")
-    take_in(workplace.folder / "segments.zarr", elsewhere)
+    for key, record in records_in(workplace.folder / "segments.zarr"):
+        elsewhere.put_arrays("segmentations", key, record)
     records = {file.relative_to(workplace.store): content for file, content in workplace.records().items()}
     assert len(records) == 5
     assert {f.relative_to(elsewhere.root): f.read_bytes() for f in elsewhere.root.rglob("*.arrays")} == records
@@ -389,7 +390,7 @@ def test_stage_runs_the_other_segmenters(workplace: Workplace, method: str) -> N
     out = workplace.folder / "segments.zarr"
     assert read_array(out, "segments").shape == (5, 24, 24)
     images = read_array(workplace.folder / "images.zarr", "images")[1:]  # "another" sorts before the samples
-    expected = SEGMENTERS[method].segment(workplace.maps, images, workplace.ids, config(method=method), CPU)
+    expected = config(method=method).segment(workplace.maps, images, workplace.ids, CPU)
     np.testing.assert_array_equal(read_array(out, "segments"), expected["segments"])
 
 
