@@ -1,6 +1,7 @@
 """The core without what only the pipeline needs: it imports, its examples run, its types are shipped."""
 
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -121,3 +122,9 @@ def test_types_are_shipped_with_both_packages() -> None:
     for package in ("lvlmva", "lvlmva_core"):
         assert "py.typed" in data[package]
         assert (ROOT / package / "py.typed").is_file()
+
+
+def test_one_library_reads_yaml_the_one_that_dvc_uses() -> None:
+    for folder in ("lvlmva_core", "lvlmva", "stages", "tests", "benchmarks"):
+        for file in (ROOT / folder).rglob("*.py"):
+            assert not re.search(r"^\s*(?:import|from) yaml\b", file.read_text(), re.MULTILINE), file
