@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -166,17 +167,20 @@ def _lock_files(project: Path, root: Path) -> Iterator[tuple[str, str]]:
 
 
 def _digest_in(lock_file: str, out: str) -> str | None:
-    """The digest of an output in the text of a dvc.lock; None where it is not there or the file is in conflict."""
-    import yaml
+    """The digest of an output in the text of a dvc.lock; None where it is not there or its stage is in conflict."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
 
-    if out not in lock_file:
-        return None
-    try:
-        stages = yaml.load(lock_file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))["stages"]
-    except (yaml.YAMLError, KeyError, TypeError):
-        return None  # conflict markers: both sides are commits of their own
-    for stage in stages.values():
-        for entry in stage.get("outs", []):
+    # one stage at a time: there is a lock for every commit of the history, and few stages name the output
+    for text in re.split(r"^(?=  \S)", lock_file, flags=re.MULTILINE):
+        if out not in text:
+            continue
+        try:
+            (stage,) = YAML(typ="safe", pure=True).load(text).values()
+            outs = stage.get("outs", [])
+        except (YAMLError, ValueError, AttributeError):
+            continue  # conflict markers: both sides are commits of their own
+        for entry in outs:
             if entry.get("path") == out and isinstance(entry.get("md5"), str):
                 return str(entry["md5"])
     return None

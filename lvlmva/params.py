@@ -174,6 +174,17 @@ def load_params(path: Path) -> Params:
     return params
 
 
+def prompts_folder(prompts: Path, key: str, name: str) -> Path:
+    """The folder of prompts that a key of params names. Raises InputError where there is none."""
+    folder = prompts / name
+    if not folder.is_dir():
+        known = ", ".join(sorted(each.name for each in prompts.glob("*/"))) or "none"
+        raise InputError(
+            f"{key} = '{name}': no folder {folder} (there: {known}); name one of these, or copy prompts/generic to it"
+        )
+    return folder
+
+
 def _explain(error: ValidationError, section: type[Settings], place: str) -> str:
     """Say what the first error of a validation is, in one line that names the key and the remedy."""
     first = error.errors(include_url=False, include_context=True)[0]

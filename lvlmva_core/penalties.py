@@ -108,6 +108,20 @@ def rrr_penalty(model: "nn.Module", images: "Tensor", masks: "Tensor") -> "Tenso
 
     Raises:
         ValueError: shapes or types differ from the above.
+
+    Examples:
+        A model that is sure of class 0, whose logit is 2 x_0 + 3 x_1: log p_0 is flat there and log p_1 falls by 2 and
+        3. Only what is masked counts.
+
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(2, 2, bias=False))
+        >>> model[1].weight = nn.Parameter(torch.tensor([[2.0, 3.0], [0.0, 0.0]]))
+        >>> image = torch.tensor([[[[40.0, 40.0]]]])
+        >>> rrr_penalty(model, image, torch.tensor([[[True, False]]])).item()
+        4.0
+        >>> rrr_penalty(model, image, torch.tensor([[[True, True]]])).item()
+        13.0
     """
     return squared_gradient(model, images, masks, lambda logits: logits.log_softmax(dim=1).sum())
 

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from lvlmva_core.attribution.deep_lift import Explanation, check_arguments
 from lvlmva_core.compute import eval_mode
+from lvlmva_core.errors import InputError
 
 
 def gradient(model: nn.Module, inputs: Tensor, targets: int | Tensor) -> Tensor:
@@ -21,9 +22,14 @@ def integrated_gradients(
 
     Returns:
         (B, C, H, W); adds up to the difference of outputs but for the error of `steps` points of integration.
-    """
-    from captum.attr import IntegratedGradients
 
+    Raises:
+        InputError: captum is not installed, or as `deep_lift_shap`.
+    """
+    try:
+        from captum.attr import IntegratedGradients
+    except ImportError as error:
+        raise InputError("integrated_gradients needs captum: pip install 'lvlmva[captum]'") from error
     wanted = check_arguments(model, inputs, baselines, targets)
     with eval_mode(model):
         captum = IntegratedGradients(model, multiply_by_inputs=True)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 class Sam(Segmenter):
     """sam_checkpoint: folder of a SAM in transformers' format."""
 
+    version: ClassVar[int] = 2
     reads_images: ClassVar[bool] = True
 
     method: Literal["sam"] = "sam"

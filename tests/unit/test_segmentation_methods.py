@@ -10,6 +10,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 from scipy.ndimage import label as connected
 from scipy.stats import multivariate_normal
+from torch.nn import functional
 
 from lvlmva_core.arrays import read_array, read_attrs, read_json, write_arrays, write_table
 from lvlmva_core.errors import InputError
@@ -152,32 +153,71 @@ def test_sam_cuts_the_picture_by_its_masks(tmp_path: Path) -> None:
     assert sam_regions(model, image, **{**anything, "least_quality": 1e9}).max() == 0
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (40, 56), (90, 60), (224, 224)])
-def test_sam_sees_and_returns_what_transformers_own_processing_does(shape: tuple[int, int]) -> None:
-    transformers = pytest.importorskip("transformers")
-    processor = transformers.SamImageProcessor(size={"longest_edge": 64}, pad_size={"height": 64, "width": 64})
-    smooth = gaussian_filter(np.random.default_rng(0).normal(size=(3, *shape)), (0, 5, 5))
+def asked_point_by_point(model: Any, image: np.ndarray, points_per_side: int) -> list[tuple[float, np.ndarray]]:
+    """Every mask at every point of the grid with the model's own quality, by plain torch: (quality, bool (H, W))."""
+    height, width = image.shape[1:]
+    side = model.config.vision_config.image_size
+    scale = side / max(height, width)
+    size = [int(length * scale + 0.5) for length in (height, width)]
+    rgb = torch.from_numpy(np.broadcast_to(image, (3, height, width)).copy())[None]
+    scaled = functional.interpolate(rgb, size, mode="bilinear", align_corners=False, antialias=True)[0].float()
+    mean, std = torch.tensor([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]])[..., None, None]
+    pixels = functional.pad((scaled - mean) / std, (0, side - size[1], 0, side - size[0]))[None]
+    found = []
+    for k in range(points_per_side):
+        for i in range(points_per_side):
+            point = torch.tensor([(i + 0.5) / points_per_side * size[1], (k + 0.5) / points_per_side * size[0]])
+            with torch.inference_mode():
+                answer = model(pixel_values=pixels, input_points=point[None, None, None], multimask_output=True)
+            square = functional.interpolate(answer.pred_masks[0], (side, side), mode="bilinear", align_corners=False)
+            cut = square[..., : size[0], : size[1]]
+            logits = functional.interpolate(cut, (height, width), mode="bilinear", align_corners=False)[0]
+            qualities = answer.iou_scores[0, 0].tolist()
+            found += [(q, (mask > 0).numpy()) for q, mask in zip(qualities, logits, strict=True)]
+    return found
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (40, 56), (90, 60)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sam_cuts_by_the_masks_that_a_plain_loop_over_points_finds(
+    shape: tuple[int, int], channels: int, tmp_path: Path
+) -> None:
+    model = load_sam(tiny_sam(tmp_path), CPU)
+    smooth = gaussian_filter(np.random.default_rng(0).normal(size=(channels, *shape)), (0, 5, 5))
     image = np.clip(128 + 900 * smooth, 0, 255).astype(np.uint8)
-    inputs = processor(image.transpose(1, 2, 0), return_tensors="pt")
-    ours, scale = sam.prepared(image, 64, CPU)
-    assert (ours - inputs["pixel_values"]).abs().mean() < 0.02  # other filter for down-scaling, rounding to uint8
-    logits = torch.from_numpy(gaussian_filter(np.random.default_rng(1).normal(size=(3, 16, 16)), (0, 2, 2))).float()
-    sizes = inputs["original_sizes"], inputs["reshaped_input_sizes"]
-    expected = processor.post_process_masks([logits[None]], *sizes)[0][0]
-    assert ((sam.at_size(logits, 64, scale, shape) > 0) == expected).float().mean() > 0.99
+    found = asked_point_by_point(model, image, 4)
+    above = sorted(quality for quality, _ in found if quality > 0)  # transformers filters by a quality above 0 only
+    median = (above[len(above) // 2 - 1] + above[len(above) // 2]) / 2
+    every = sam_regions(model, image, points_per_side=4, least_quality=median, least_stability=0.0, largest_overlap=1.0)
+    kept = [mask for quality, mask in sorted(found, key=lambda one: -one[0]) if quality > median and mask.any()]
+    assert len(kept) >= 3
+    smallest = np.zeros(shape, dtype=int)
+    for row, column in np.ndindex(shape):
+        over = [(int(mask.sum()), -n) for n, mask in enumerate(kept) if mask[row, column]]
+        smallest[row, column] = 1 - min(over)[1] if over else 0
+    assert (every == smallest).mean() > 0.99  # a logit near zero may fall to either side
 
 
-def test_overlapping_masks_become_a_partition() -> None:
-    """A duplicate and an empty mask are dropped; a small mask lies on top of a large one."""
-    masks = np.zeros((4, 10, 10), dtype=bool)
-    masks[0, :8] = True
-    masks[1, 2:4, 2:4] = True
-    masks[2, :8, 1:] = True
-    labels = sam.partition(masks, np.array([0.9, 0.95, 0.92, 1.0]), 0.7)
+def test_sam_keeps_the_best_of_masks_whose_boxes_overlap(tmp_path: Path) -> None:
+    model, image = load_sam(tiny_sam(tmp_path), CPU), pictures(1, 40, 56)[0]
+    anything = {"least_quality": -1e9, "least_stability": 0.0, "points_per_side": 3}
+    alone = sam_regions(model, image, largest_overlap=0.0, **anything)
+    best = max(asked_point_by_point(model, image, 3), key=lambda one: one[0])[1]
+    assert ((alone == 1) == best).mean() > 0.98
+    assert len(np.unique(alone)) <= len(np.unique(sam_regions(model, image, largest_overlap=0.9, **anything)))
+
+
+def test_the_smallest_mask_lies_on_top() -> None:
+    masks = np.zeros((3, 10, 10), dtype=bool)
+    masks[0, 2:4, 2:4] = True
+    masks[1, :8, 1:] = True
+    masks[2, 1:5, 1:5] = True
     expected = np.zeros((10, 10), dtype=int)
     expected[:8, 1:] = 2
+    expected[1:5, 1:5] = 3
     expected[2:4, 2:4] = 1
-    np.testing.assert_array_equal(labels, expected)
+    np.testing.assert_array_equal(sam.smallest_on_top(masks), expected)
+    np.testing.assert_array_equal(sam.smallest_on_top(masks[:0]), np.zeros((10, 10)))
 
 
 def test_sam_needs_a_checkpoint_that_is_one(tmp_path: Path) -> None:
