@@ -77,7 +77,8 @@ def sam_regions(
     side = model.config.vision_config.image_size
     processor = SamImageProcessor(size={"longest_edge": side}, pad_size={"height": side, "width": side})
     rgb = np.ascontiguousarray(np.broadcast_to(image, (3, *image.shape[1:])).transpose(1, 2, 0))
-    found = MaskGenerationPipeline(model=model, image_processor=processor, device=model.device)(
+    generate: Any = MaskGenerationPipeline
+    found = generate(model=model, image_processor=processor, device=model.device)(
         Image.fromarray(rgb),
         points_per_crop=points_per_side,
         points_per_batch=points_per_batch,
