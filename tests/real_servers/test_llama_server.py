@@ -37,7 +37,7 @@ LOCAL = {
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("server") / "log"
     eyes = FOLDER / "random-eyes.gguf"
-    with llama_server(log, "--mmproj", str(eyes), "-c", "16384", "--parallel", "2") as url:
+    with llama_server(log, "--mmproj", str(eyes), "-c", "16384", "--parallel", "2", "--threads", "1") as url:
         yield url
 
 

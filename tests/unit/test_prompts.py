@@ -13,7 +13,7 @@ from lvlmva_core.lvlm.critic import critic_call, critic_text
 from lvlmva_core.lvlm.judge import fence_of, judge_call, judge_text
 from lvlmva_core.lvlm.prompts import load_critic_prompts, load_judge_prompts
 from lvlmva_core.lvlm.settings import Endpoint
-from lvlmva_core.testing.prompts import check_prompts, worked_examples
+from lvlmva_core.testing.prompts import PromptTests, check_prompts, worked_examples
 from tests.unit.test_lvlm_calls import ENDPOINT
 
 PROMPTS = Path(__file__).parents[2] / "prompts"
@@ -26,6 +26,10 @@ IMAGE = np.stack([np.arange(784).reshape(28, 28) * k % 256 for k in (1, 3, 7)]).
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_every_folder_conforms(folder: str) -> None:
     check_prompts(PROMPTS / folder)
+
+
+class TestKnee(PromptTests):
+    folder = PROMPTS / "knee"
 
 
 MISSING = [  # (file, what stands there, what comes in its place, what the check says)
