@@ -183,7 +183,7 @@ _REPAIR = "restore it with `dvc checkout`, or delete it and run `dvc repro`"
 def _chunk_rows(array: np.ndarray) -> int:
     """The largest power of two, so that it divides a shard, whose samples fit into CHUNK_BYTES."""
     fitting = CHUNK_BYTES // max(1, array.itemsize * math.prod(array.shape[1:]))
-    return 2 ** (min(max(fitting, 1), SHARD_ROWS).bit_length() - 1)
+    return 1 << (min(max(fitting, 1), SHARD_ROWS).bit_length() - 1)
 
 
 def _count_shards(folder: Path) -> int:
