@@ -1,6 +1,7 @@
 """Stage compare: every method's metrics, their spread and tests, and the verdicts against the true masks."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -8,10 +9,10 @@ import pandas as pd
 from lvlmva.entry import run
 from lvlmva.params import load_params
 from lvlmva_core.arrays import read_array, read_attrs, read_json, read_table, write_json
-from lvlmva_core.comparison import entropy_summary, measure, over_seeds, tests, verdicts_against_truth
+from lvlmva_core.comparison import entropy_summary, left_out, measure, over_seeds, tests, verdicts_against_truth
 from lvlmva_core.lvlm.records import VERDICT_FIELDS, read_rows
 from lvlmva_core.outputs import BASE, read_outputs
-from lvlmva_core.samples import read_object_masks, read_samples, read_spurious_masks, rows_of_ids
+from lvlmva_core.samples import groups_known, read_object_masks, read_samples, read_spurious_masks, rows_of_ids
 
 
 def compare(
@@ -36,16 +37,23 @@ def compare(
     explained = outputs[BASE].map_ids
     masks = read_spurious_masks(spurious_masks, rows_of_ids(table, explained))[0] if explained else None
     values, per_group = measure(outputs, table, masks)
-    of_training = read_table(entropies, ["id", "entropy", "label"])
-    spurious = table["spurious"].to_numpy()[rows_of_ids(table, of_training["id"].tolist())]
-    content = {
+    content: dict[str, Any] = {
         "methods": over_seeds(values),
         "tests": tests(values),
         "alignment_set": read_json(rank_metrics)["rank"],
-        "entropy": entropy_summary(of_training["entropy"].to_numpy(), spurious, of_training["label"].to_numpy()),
         "verdicts": _verdicts(table, spurious_masks, attributions, segments, verdicts),
     }
-    content["verdicts"]["overlap_of_record"] = loaded.compare.overlap
+    judged = content["verdicts"]["samples_with_true_mask"] > 0
+    if judged:
+        content["verdicts"]["overlap_of_record"] = loaded.compare.overlap
+    if groups_known(table):
+        of_training = read_table(entropies, ["id", "entropy", "label"])
+        spurious = table["spurious"].to_numpy()[rows_of_ids(table, of_training["id"].tolist())]
+        content["entropy"] = entropy_summary(
+            of_training["entropy"].to_numpy(), spurious, of_training["label"].to_numpy()
+        )
+    if absent := left_out(groups=groups_known(table), test_masks=bool(explained), alignment_masks=judged):
+        content["left_out"] = absent
     write_json(evaluation, content)
     groups.parent.mkdir(parents=True, exist_ok=True)
     per_group.to_csv(groups, index=False)

@@ -102,7 +102,9 @@ def _ask_oracle(
     masks, known = read_spurious_masks(spurious_masks, places)
     if not known.all():
         sample = ids[int(np.flatnonzero(~known)[0])]
-        raise InputError(f"critique.critic 'oracle' needs the true mask of '{sample}', which is unknown; use another")
+        raise InputError(
+            f"critique.critic 'oracle' needs the true mask of '{sample}', which is unknown; use another critic"
+        )
     objects = None
     if config.oracle_rejects == "off_object":
         objects = read_object_masks(spurious_masks, places)

@@ -1,7 +1,9 @@
 """Stage report: figures and one page that show what came out, from files alone."""
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -14,7 +16,7 @@ from lvlmva_core.outputs import BASE, read_outputs
 from lvlmva_core.report import diagnostics, figures, tables
 from lvlmva_core.report.page import render_page
 from lvlmva_core.report.panel import panel_of
-from lvlmva_core.samples import read_images, read_samples, rows_of_ids
+from lvlmva_core.samples import groups_known, read_images, read_samples, rows_of_ids
 
 
 def report(
@@ -38,9 +40,8 @@ def report(
     who = tables.judged_by(content)
     aligned = {name: pd.read_csv(curves / f"{name}.csv") for name in loaded.methods}
     shown = list(read_attrs(explanations)["ids"])
-    of_training = read_table(entropies, ["id", "entropy"])
-    has = table["spurious"].to_numpy()[rows_of_ids(table, of_training["id"].tolist())]
     test = table[table["split"] == "test"]
+    spurious = table["spurious"].to_numpy(dtype=bool) if groups_known(table) else None
     features = {name: read_outputs(evaluations / f"{name}.safetensors").features for name in (BASE, SUBJECT)}
     drawn: dict[str, tuple[str, Figure]] = {
         "outcome": (
@@ -77,16 +78,13 @@ def report(
             "Validation accuracy during alignment.",
             figures.curves_figure(aligned, read_json(train_metrics)["train"]["val_accuracy"]),
         ),
-        "entropy": (
-            "Output entropy of training samples with and without the spurious feature.",
-            diagnostics.entropy_figure(of_training["entropy"].to_numpy(), has, content["entropy"]["auroc"]),
-        ),
+        **_entropy(entropies, table, spurious, content),
         "embeddings": (
             "Embeddings of test samples before and after alignment.",
             diagnostics.embeddings_figure(
                 {METHODS[name].label: found for name, found in features.items()},
                 test["label"].to_numpy(),
-                test["spurious"].to_numpy(),
+                None if spurious is None else spurious[test.index],
                 about["class_names"],
             ),
         ),
@@ -98,11 +96,22 @@ def report(
         title=f"LVLM-VA on {about['dataset']}",
         summary=f"Spurious feature: {about['spurious_feature']}. {who[0].upper()}{who[1:]}.",
         warning=tables.warning_of(content["verdicts"]),
-        tables=tables.page_tables(content),
+        tables=tables.page_tables(content, about["class_names"]),
         figures={caption: reports / f"{name}.png" for name, (caption, _) in drawn.items()},
         params=params.read_text(encoding="utf-8"),
     )
     (reports / "report.html").write_text(page, encoding="utf-8")
+
+
+def _entropy(
+    entropies: Path, table: pd.DataFrame, spurious: np.ndarray | None, content: dict[str, Any]
+) -> dict[str, tuple[str, Figure]]:
+    if spurious is None:
+        return {}
+    of_training = read_table(entropies, ["id", "entropy"])
+    has = spurious[rows_of_ids(table, of_training["id"].tolist())]
+    figure = diagnostics.entropy_figure(of_training["entropy"].to_numpy(), has, content["entropy"]["auroc"])
+    return {"entropy": ("Output entropy of training samples with and without the spurious feature.", figure)}
 
 
 if __name__ == "__main__":
