@@ -203,7 +203,9 @@ def _opened(path: Path, how: Decoding) -> "tuple[Image.Image, float]":
         raise BadFileError(
             "not a picture (known are PNG, JPEG, TIFF, WebP, BMP, GIF, DICOM); remove or convert it"
         ) from None
-    except (*DAMAGED, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError:
+        raise BadFileError(f"more than {MAX_PIXELS // 10**6} million pixels; make it smaller") from None
+    except DAMAGED as error:
         raise BadFileError(
             f"not a readable picture ({' '.join(str(error).split())[:120]}); copy or export it again"
         ) from error
