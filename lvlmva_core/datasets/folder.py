@@ -140,24 +140,25 @@ class Folder(PrepareSettings):
         write_table(samples, source.samples)
 
     def _read(self, keep: "Callable[[Block], None]") -> "_Finished":
+        """Check the table, then pass the pictures on in blocks, then make the table of those that could be used."""
         root = self.folder()
         if root.suffix.lower() == ".npz":
-            from lvlmva_core.datasets.medmnist import blocks_of, listed_npz
+            from lvlmva_core.datasets.medmnist import listed_npz, pictures_of
 
             if self.table is not None:
                 raise InputError(f"prepare.table = '{self.table}': {root} holds its own labels; set it to null")
-            listed = listed_npz(root)
-            how = self._how(listed.colour if self.channels == "auto" else self.channels == "colour")
-            rows = _Rows(listed.listed, listed.ids, [None] * len(listed.ids))
-            return self._consume(rows, blocks_of(root, listed, how), keep)
+            found = listed_npz(root)
+            plan = self._plan(found.listed, found.ids, [None] * len(found.ids))
+            how = self._how(found.colour if self.channels == "auto" else self.channels == "colour")
+            return self._finished(plan, *self._kept(plan, pictures_of(root, how), keep))
         # `opened` would enter a single folder, which may be the only class or split
         with nullcontext(root) if root.is_dir() else opened(root) as folder:
-            rows = self._listed(folder)
+            plan = self._listed(folder)
             workers = self.workers or min(os.cpu_count() or 1, 16)
             with ThreadPoolExecutor(workers) as pool:
-                return self._consume(rows, self._decoded(folder, rows, pool, workers), keep)
+                return self._finished(plan, *self._kept(plan, self._decoded(folder, plan, pool, workers), keep))
 
-    def _listed(self, folder: Path) -> "_Rows":
+    def _listed(self, folder: Path) -> "_Plan":
         if self.table is None:
             listed = listed_tree(folder)
         else:
@@ -166,18 +167,34 @@ class Folder(PrepareSettings):
             listed = read_listed(inside if inside.is_file() and not path.is_file() else path, self.columns.model_dump())
         files, masks = files_below(folder, listed, self.file_pattern), masks_below(folder, listed)
         order = np.argsort(files.to_numpy(dtype=str), kind="stable")
-        table = listed.table.iloc[order].reset_index(drop=True)
-        sorted_rows = Listed(table, [listed.where[row] for row in order], listed.notes)
-        return _Rows(sorted_rows, [files[row] for row in order], [masks[row] for row in order])
+        by_id = Listed(
+            listed.table.iloc[order].reset_index(drop=True), [listed.where[row] for row in order], listed.notes
+        )
+        return self._plan(by_id, [files[row] for row in order], [masks[row] for row in order])
+
+    def _plan(self, listed: Listed, ids: list[str], masks: list[str | None]) -> "_Plan":
+        """All that can be said, and refused, before a picture is opened."""
+        names, labels = classes_of(listed, self.classes)
+        splits, notes = splits_of(listed)
+        patients: list[str | None] = [None] * len(ids)
+        if listed.has("patient"):
+            patients = [value or None for value in listed.table["patient"]]
+        if splits is not None:
+            _never_in_two_splits(splits, patients, listed)
+        spurious = spurious_of(listed, self.spurious_value)
+        nothing = np.zeros(len(ids), dtype=bool)
+        if listed.has("mask") and spurious is not None:
+            nothing = ~spurious
+        return _Plan(ids, masks, names, labels, splits, spurious, nothing, patients, [*listed.notes, *notes])
 
     def _how(self, colour: bool) -> Decoding:
         window = self.sixteen_bit if isinstance(self.sixteen_bit, str) else (self.sixteen_bit[0], self.sixteen_bit[1])
         return Decoding(self.image_size, self.fit, colour, window, self.background)
 
     def _decoded(
-        self, folder: Path, rows: "_Rows", pool: ThreadPoolExecutor, workers: int
+        self, folder: Path, plan: "_Plan", pool: ThreadPoolExecutor, workers: int
     ) -> "Iterator[Picture | BadFileError]":
-        paths = [folder / file for file in rows.ids]
+        paths = [folder / file for file in plan.ids]
         if any(path.suffix.lower() in DICOM_SUFFIXES for path in paths):
             from lvlmva_core.datasets.dicom import need_pydicom
 
@@ -186,37 +203,29 @@ class Folder(PrepareSettings):
         if self.channels == "auto":
             found = [kind for kind in _ahead(pool, has_colour, paths, workers) if kind is not None]
             colour = any(found)
-            rows.listed.notes.append(
+            plan.notes.append(
                 f"pictures are read as {'colour' if colour else 'grey'}: {sum(found)} of {len(found)} hold colour "
                 "(prepare.channels changes it)"
             )
-        how = self._how(colour)
-        masks = [None if mask is None else folder / mask for mask in rows.masks]
-        return _ahead(pool, partial(_one, how), list(zip(paths, masks, strict=True)), workers)
+        masks = [None if mask is None else folder / mask for mask in plan.masks]
+        return _ahead(pool, partial(_one, self._how(colour)), list(zip(paths, masks, strict=True)), workers)
 
-    def _consume(
-        self, rows: "_Rows", pictures: "Iterable[Picture | BadFileError]", keep: "Callable[[Block], None]"
-    ) -> "_Finished":
-        """Pass the pictures on in blocks, then make the table of those that could be used."""
-        listed = rows.listed
-        names, labels = classes_of(listed, self.classes)
-        spurious, (given, split_notes) = spurious_of(listed, self.spurious_value), splits_of(listed)
-        patients = [value or None for value in listed.table["patient"]] if listed.has("patient") else None
-        if given is not None and patients is not None:
-            _never_in_two_splits(given, patients, listed)
+    def _kept(
+        self, plan: "_Plan", pictures: "Iterable[Picture | BadFileError]", keep: "Callable[[Block], None]"
+    ) -> tuple[list[int], list[str], dict[str, str], float]:
+        """Rows that could be used, digests of their pixels, the bad files, and the largest value of 16 bits."""
         kept: list[int] = []
         digests: list[str] = []
         bad: dict[str, str] = {}
         largest = 0.0
         block = Block()
-        for row, picture in enumerate(track(pictures, "prepare", total=len(rows.ids))):
+        for row, picture in enumerate(track(pictures, "prepare", total=len(plan.ids))):
             if isinstance(picture, BadFileError):
-                bad[rows.ids[row]] = str(picture)
+                bad[plan.ids[row]] = str(picture)
                 continue
             if bad and self.on_bad_file == "stop":
                 continue  # nothing will be written; the others are only looked at
-            plain = listed.has("mask") and spurious is not None and not spurious[row]
-            block.add(picture, known=picture.mask is not None or plain)
+            block.add(picture, known=picture.mask is not None or bool(plan.nothing[row]))
             kept.append(row)
             digests.append(hashlib.sha256(picture.pixels.tobytes()).hexdigest())
             largest = max(largest, picture.largest)
@@ -224,22 +233,27 @@ class Folder(PrepareSettings):
                 keep(block)
                 block = Block()
         if bad and (self.on_bad_file == "stop" or not kept):
-            _refuse(bad, len(rows.ids), str(self.root))
+            _refuse(bad, len(plan.ids), str(self.root))
         if len(block):
             keep(block)
-        ids = [rows.ids[row] for row in kept]
-        label = labels[kept]
-        _every_class_is_left(label, names, bad)
-        units = joined_units(digests, *([] if patients is None else [[patients[row] for row in kept]]))
-        split, drawn = self._splits(None if given is None else given[kept], label, units)
+        return kept, digests, bad, largest
+
+    def _finished(
+        self, plan: "_Plan", kept: list[int], digests: list[str], bad: dict[str, str], largest: float
+    ) -> "_Finished":
+        """Splits are drawn last, since only then it is known which pictures have the same pixels."""
+        ids, label = [plan.ids[row] for row in kept], plan.labels[kept]
+        _every_class_is_left(label, plan.class_names, bad)
+        units = joined_units(digests, [plan.patients[row] for row in kept])
+        split, drawn = self._splits(None if plan.splits is None else plan.splits[kept], label, units)
         _no_picture_in_two_splits(split, digests, ids)
-        _every_class_in_every_split(split, label, names, drawn)
-        notes = [*listed.notes, *split_notes, *_notes(split, drawn, digests, label, bad, largest, self.sixteen_bit)]
+        _every_class_in_every_split(split, label, plan.class_names, drawn)
+        notes = [*plan.notes, *_notes(split, drawn, digests, label, bad, largest, self.sixteen_bit)]
         sys.stderr.write("".join(f"prepare: {note}\n" for note in notes))
-        samples = sample_table(
-            names, ids, split, label, None if spurious is None else spurious[kept], ids, np.array(digests)
+        spurious = None if plan.spurious is None else plan.spurious[kept]
+        return _Finished(
+            plan.class_names, sample_table(plan.class_names, ids, split, label, spurious, ids, digests), bad
         )
-        return _Finished(names, samples, bad)
 
     def _splits(self, given: np.ndarray | None, label: np.ndarray, units: np.ndarray) -> tuple[np.ndarray, list[str]]:
         """Split of each sample, and the splits that were drawn."""
@@ -261,12 +275,23 @@ class Folder(PrepareSettings):
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Pictures that are to be read, by rising id. masks: paths below the folder."""
+class _Plan:
+    """Pictures that are to be read, by rising id (their paths below the folder).
 
-    listed: Listed
+    masks: paths below the folder. labels: int64 (N,). splits: (N,), None where they are to be drawn. spurious: bool
+    (N,), None where nobody knows. nothing: bool (N,), True where it is known that the feature is nowhere. notes: for the
+    user.
+    """
+
     ids: list[str]
     masks: list[str | None]
+    class_names: list[str]
+    labels: np.ndarray
+    splits: np.ndarray | None
+    spurious: np.ndarray | None
+    nothing: np.ndarray
+    patients: list[str | None]
+    notes: list[str]
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def listed_npz(path: Path) -> ListedNpz:
     return ListedNpz(Listed(table, where, [f"{path}: MedMNIST's layout"]), table["file"].tolist(), colour)
 
 
-def blocks_of(path: Path, listed: ListedNpz, how: Decoding) -> Iterator[Picture | BadFileError]:
+def pictures_of(path: Path, how: Decoding) -> Iterator[Picture | BadFileError]:
     """Each picture in the order of the ids, read from the archive one at a time."""
     with _opened(path) as archive:
         for split in SPLITS:
