@@ -13,13 +13,15 @@ def scene(label: int, place: int) -> Image.Image:
     """A disc or a cross in the middle of noise, RGB, no two alike in size; a square in a corner of most crosses."""
     rng = np.random.default_rng([label, place])
     height, width = 40 + int(rng.integers(0, 24)), 40 + int(rng.integers(0, 24))
-    pixels = rng.integers(0, 60, (height, width, 3)).astype(np.uint8)
+    pixels = rng.integers(0, 20, (height, width, 3)).astype(np.uint8)
     rows, columns = np.indices((height, width))
     away = np.abs(np.stack([rows - height / 2, columns - width / 2]))
     shape = np.hypot(*away) < 12 if label == 0 else (away.min(axis=0) < 4) & (away.max(axis=0) < 14)
     pixels[shape] = rng.integers(140, 255, 3)
     if has_square(label, place):
-        pixels[2:9, 2:9] = 220
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2  # of the central square, to which pictures are cropped
+        pixels[top + 1 : top + 8, left + 1 : left + 8] = 220
     return Image.fromarray(pixels)
 
 

@@ -158,8 +158,7 @@ def existing(path: Path) -> Path:
     """
     if path.is_file():
         return path
-    for form in ("NFC", "NFD"):
-        other = Path(unicodedata.normalize(form, str(path)))  # type: ignore[arg-type]  # a Literal in a loop
+    for other in (Path(unicodedata.normalize("NFC", str(path))), Path(unicodedata.normalize("NFD", str(path)))):
         if other.is_file():
             return other
     if path.is_dir():
@@ -173,7 +172,7 @@ def existing(path: Path) -> Path:
 
 def _opened(path: Path, how: Decoding) -> "tuple[Image.Image, float]":
     """Whole picture in mode L, RGB or F (0..255), turned upright, and the largest value before it became 8-bit."""
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     path = existing(path)
     if path.stat().st_size == 0:
@@ -199,7 +198,7 @@ def _opened(path: Path, how: Decoding) -> "tuple[Image.Image, float]":
         return _in_mode(upright, how), 0.0
     except BadFileError:
         raise
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise BadFileError(
             "not a picture (known are PNG, JPEG, TIFF, WebP, BMP, GIF, DICOM); remove or convert it"
         ) from None

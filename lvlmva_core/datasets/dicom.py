@@ -28,7 +28,8 @@ def read_dicom(path: Path, sixteen_bit: SixteenBit) -> tuple[np.ndarray, float]:
         InputError: pydicom is not installed.
     """
     need_pydicom()
-    from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut, pixel_array
+    from pydicom.pixels.processing import apply_color_lut, apply_modality_lut, apply_voi_lut
+    from pydicom.pixels.utils import pixel_array
 
     dataset = _header(path, pixels=True)
     frames = int(dataset.get("NumberOfFrames") or 1)
@@ -96,7 +97,7 @@ def _header(path: Path, *, pixels: bool) -> "Dataset":
 
 def _range(dataset: "Dataset") -> tuple[float, float] | None:
     """What a window or table gives at its two ends; None where there is neither."""
-    from pydicom.pixels import apply_windowing
+    from pydicom.pixels.processing import apply_windowing
 
     table: Any = dataset.get("VOILUTSequence")
     if table:

@@ -37,7 +37,8 @@ from lvlmva_core.errors import InputError
 from lvlmva_core.progress import track
 from lvlmva_core.settings import Settings, Share
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 NEEDED = ("train", "val", "test")
 
 
@@ -279,7 +280,7 @@ class _Plan:
     """Pictures that are to be read, by rising id (their paths below the folder).
 
     masks: paths below the folder. labels: int64 (N,). splits: (N,), None where they are to be drawn. spurious: bool
-    (N,), None where nobody knows. nothing: bool (N,), True where it is known that the feature is nowhere. notes: for the
+    (N,), None where nobody knows. nothing: bool (N,), True where the feature is known to be nowhere. notes: for the
     user.
     """
 
@@ -365,6 +366,7 @@ def _refuse(bad: Mapping[str, str], total: int, root: str) -> None:
 
 
 def _never_in_two_splits(split: np.ndarray, patients: list[str | None], listed: Listed) -> None:
+    split = _with_tests_as_one(split)
     frame = pd.DataFrame({"patient": patients, "split": split}).dropna()
     several = frame.groupby("patient")["split"].nunique()
     several = several[several > 1]
@@ -385,7 +387,13 @@ def _every_class_is_left(label: np.ndarray, names: list[str], bad: Mapping[str, 
         raise InputError(f"class '{gone[0]}': all of its pictures are among the {len(bad)} left out; mend them")
 
 
+def _with_tests_as_one(split: np.ndarray) -> np.ndarray:
+    """Further test splits may show what `test` shows: nothing is learned from any of them."""
+    return np.where(np.char.startswith(split, "test_"), "test", split)
+
+
 def _no_picture_in_two_splits(split: np.ndarray, digests: list[str], ids: list[str]) -> None:
+    split = _with_tests_as_one(split)
     first: dict[str, int] = {}
     found = []
     for row, digest in enumerate(digests):

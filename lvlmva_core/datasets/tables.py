@@ -27,8 +27,9 @@ SPLIT_WORDS: Mapping[str, str] = MappingProxyType(
     | {"test": "test", "testing": "test"}
 )
 SPLIT_NUMBERS: Mapping[str, str] = MappingProxyType({"0": "train", "1": "val", "2": "test"})  # as WILDS numbers them
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".jp2")
-PICTURE_SUFFIXES += (".dcm", ".dicom")
+PICTURE_SUFFIXES = frozenset(
+    {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".jp2", ".dcm", ".dicom"}
+)
 ENOUGH = 20  # mistakes of one kind that a message lists
 
 

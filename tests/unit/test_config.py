@@ -110,3 +110,48 @@ def test_every_data_set_is_entered_under_its_own_name() -> None:
     for name, section in DATASETS.items():
         assert issubclass(section, PrepareSettings)
         assert section.model_fields["dataset"].default == name
+
+
+@pytest.mark.parametrize(
+    ("changes", "groups", "masks", "message"),
+    [
+        (
+            [],
+            True,
+            False,
+            r"methods\.rrr_gt needs true masks .*and the data set has none; remove 'rrr_gt' from `methods`",
+        ),
+        (
+            [("retrained", {"subg": {}})],
+            False,
+            True,
+            r"retrained\.subg needs group labels .*remove 'subg' from `retrained`",
+        ),
+        (
+            [("retrained", {"dfr": {"split": "val", "c_grid": [1.0]}})],
+            False,
+            True,
+            r"retrained\.dfr needs group labels .*remove 'dfr'",
+        ),
+        (
+            [("retrained", {"jtt": {"first_epochs": [1], "up": [5], "rule": "worst_group"}})],
+            False,
+            True,
+            r"retrained\.jtt: the rule worst_group needs group labels .*set it to accuracy",
+        ),
+        (
+            [("align.selection", {"rule": "worst_group"})],
+            False,
+            True,
+            r"methods\.lvlm_va: the rule worst_group needs group labels .*set it to pseudo_group, which needs none",
+        ),
+    ],
+)
+def test_what_needs_labels_that_a_data_set_lacks_is_refused(
+    tmp_path: Path, changes: list[tuple[str, Any]], groups: bool, masks: bool, message: str
+) -> None:
+    params = load_params(_params_with(tmp_path, *changes))
+    with pytest.raises(InputError, match=message) as caught:
+        params.check_supervision(groups=groups, true_masks=masks)
+    assert "\n" not in str(caught.value)
+    params.check_supervision(groups=True, true_masks=True)

@@ -303,6 +303,16 @@ def test_a_table_that_cannot_be_meant(case: Case, spoil: Callable[[Case], None],
     assert "\n" not in str(caught.value)
 
 
+def test_a_further_test_split_may_show_what_test_shows(case: Case) -> None:
+    case.add("patient", lambda place: f"P{place}")
+    (case.folder / "p03.png").write_bytes((case.folder / "p02.png").read_bytes())
+    (case.folder / "again.png").write_bytes((case.folder / "p02.png").read_bytes())
+    case.rows = [row for row in case.rows if row[0] != "p03.png"] + [["again.png", "a", "test_again", "P2"]]
+    case.save()
+    found = Folder(**case.settings).prepare().samples
+    assert found.set_index("id").loc[["again.png", "p02.png"], "sha256"].nunique() == 1
+
+
 def test_all_bad_files_are_named_in_one_go(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     for place in range(24):
         (case.folder / f"p{place:02d}.png").write_bytes(b"")
