@@ -143,7 +143,7 @@ def test_every_data_set_is_entered_under_its_own_name() -> None:
             [("align.selection", {"rule": "worst_group"})],
             False,
             True,
-            r"methods\.lvlm_va: the rule worst_group needs group labels .*set it to pseudo_group, which needs none",
+            r"methods\.lambda_zero: the rule worst_group needs group labels .*set it to pseudo_group, which needs none",
         ),
     ],
 )
