@@ -92,6 +92,17 @@ def test_sixteen_bits_become_eight_as_the_setting_says(tmp_path: Path, suffix: s
         assert np.abs(found.pixels[0] - expected).max() <= 0.5 + 1e-4
 
 
+def test_colour_of_sixteen_bits_is_its_upper_eight(tmp_path: Path) -> None:
+    import tifffile
+
+    values = np.random.default_rng(0).integers(0, 65535, (16, 16, 3)).astype(np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", values, photometric="rgb")
+    found = read_any(tmp_path / "a.tif", Decoding(16, colour=True)).pixels
+    np.testing.assert_array_equal(found, (values >> 8).transpose(2, 0, 1))
+    with pytest.raises(BadFileError, match=r"colour of 16 bits .*full_range alone; save it with 8 bits"):
+        read_any(tmp_path / "a.tif", Decoding(16, colour=True, sixteen_bit="per_picture"))
+
+
 def test_values_that_are_not_of_sixteen_bits_are_refused_rather_than_cut() -> None:
     with pytest.raises(BadFileError, match=r"values 0 to 70000 are not a 16-bit picture's"):
         to_eight_bits(np.array([[0, 70000]]), "full_range")
