@@ -68,7 +68,7 @@ def main() -> None:
     columns = ["pictures", "MiB of JPEG", "MiB of prepared pixels", "seconds", "processor seconds"]
     columns += ["the same, ms a picture", "peak resident MiB"]
     sys.stdout.write(
-        f"JPEGs of {SIDE}x{SIDE} pixels to {SIZE}x{SIZE}, from the table to the last shard, each in a process of its own."
+        f"JPEGs of {SIDE}x{SIDE} pixels to {SIZE}x{SIZE}, from the table to the last shard, a process each."
         f"\n{platform.machine()}, {os.cpu_count()} CPUs; Pillow {version('pillow')}, zarr {version('zarr')}.\n\n"
         f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}\n" + "\n".join(rows) + "\n"
     )
