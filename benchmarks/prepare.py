@@ -19,11 +19,11 @@ from PIL import Image
 
 from lvlmva_core.datasets.folder import Folder
 
-SIDE, SIZE, DISTINCT = 320, 224, 100
+SIDE, SIZE, DISTINCT = 160, 112, 100
 
 
 def write_pictures(folder: Path, count: int) -> int:
-    """JPEGs of 320x320 smooth colours with grain in two classes, no two alike; returns their bytes."""
+    """JPEGs of 160x160 smooth colours with grain in two classes, no two alike; returns their bytes."""
     rng = np.random.default_rng(0)
     scenes = [
         np.asarray(Image.fromarray(rng.integers(0, 255, (12, 12, 3)).astype(np.uint8)).resize((SIDE, SIDE)))
