@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -168,8 +168,10 @@ class Folder(PrepareSettings):
             listed = read_listed(inside if inside.is_file() and not path.is_file() else path, self.columns.model_dump())
         files, masks = files_below(folder, listed, self.file_pattern), masks_below(folder, listed)
         order = np.argsort(files.to_numpy(dtype=str), kind="stable")
-        by_id = Listed(
-            listed.table.iloc[order].reset_index(drop=True), [listed.where[row] for row in order], listed.notes
+        by_id = replace(
+            listed,
+            table=listed.table.iloc[order].reset_index(drop=True),
+            where=[listed.where[row] for row in order],
         )
         return self._plan(by_id, [files[row] for row in order], [masks[row] for row in order])
 

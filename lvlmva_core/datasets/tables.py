@@ -38,12 +38,14 @@ class Listed:
     """What a table says of N pictures, as text.
 
     table: columns file (path below the folder, with /), label, and split, spurious, mask, patient where they are known;
-    where: of each row, for messages; notes: what was guessed, for the user.
+    where: of each row, for messages; notes: what was guessed, for the user. by_text: whether classes that are numbers
+    are sorted as text, as torchvision sorts folders: 10 before 2.
     """
 
     table: pd.DataFrame
     where: list[str]
     notes: list[str] = field(default_factory=list)
+    by_text: bool = False
 
     def has(self, column: str) -> bool:
         """Whether a column is known."""
@@ -124,7 +126,7 @@ def listed_tree(root: Path) -> Listed:
     table = pd.DataFrame(rows, columns=["file", "label", "split"])
     where = [f"{root}: '{file}'" for file in table["file"]]
     note = f"{root}: class folders{' below folders of splits' if '' not in of_split else ''}"
-    return Listed(table.drop(columns="split") if "" in of_split else table, where, [note])
+    return Listed(table.drop(columns="split") if "" in of_split else table, where, [note], by_text=True)
 
 
 def files_below(root: Path, listed: Listed, pattern: str | None) -> pd.Series:
@@ -213,14 +215,14 @@ def classes_of(listed: Listed, wanted: Sequence[str] | None) -> tuple[list[str],
     """Names of the classes in the order of the logits, and the label of each row, int64.
 
     Args:
-        wanted: the names in their order; None = sorted, numbers by value.
+        wanted: the names in their order; None = sorted, numbers by value (or by text, see `Listed`).
 
     Raises:
         InputError: fewer than two classes, one without a picture or not wanted, or nearly as many as pictures.
     """
     values = np.array([_label(value) for value in listed.table["label"]], dtype=str)
     found = sorted(set(values))
-    if all(name.lstrip("-").isdecimal() for name in found):
+    if not listed.by_text and all(name.lstrip("-").isdecimal() for name in found):
         found.sort(key=int)
     names = found if wanted is None else list(wanted)
     odd = [row for row, value in enumerate(values) if value not in names]

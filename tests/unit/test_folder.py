@@ -226,14 +226,14 @@ def test_class_folders_are_those_of_torchvision(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for split, count in (("train", 12), ("valid", 4), ("test", 6)):
         for place in range(count):
-            file = tmp_path / split / f"klasse {place % 2}" / f"{place}.png"
+            file = tmp_path / split / str(2 + 8 * (place % 2)) / f"{place}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(rng.integers(0, 255, (20, 20, 3)).astype(np.uint8)).save(file)
     found = Folder(root=str(tmp_path), image_size=20, seed=0).prepare()
     for split, name in (("train", "train"), ("valid", "val"), ("test", "test")):
         official = ImageFolder(str(tmp_path / split))
         rows = np.flatnonzero(found.samples["split"] == name)
-        assert found.class_names == official.classes
+        assert found.class_names == official.classes == ["10", "2"]
         of_path = {str(Path(path).relative_to(tmp_path)): (path, label) for path, label in official.samples}
         assert set(found.samples["id"].iloc[rows]) == set(of_path)
         for row in rows:
