@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, Literal
 
 from lvlmva_core.comparison import SUBJECT
@@ -27,33 +26,31 @@ class Method:
     needs: Literal["groups", "true_masks"] | None = None
 
 
-METHODS: Mapping[str, Method] = MappingProxyType(
-    {
-        BASE: Method("base model", "#7f7f7f", "base", "none"),
-        "lambda_zero": Method("control: λ = 0", "#bdbdbd", "penalty", "none", {"rrr_lambda": 0.0}),
-        "random_masks": Method(
-            "control: random masks", "#d9b38c", "penalty", "which pictures LVLM-VA masks, and how much of each"
-        ),
-        "random_pictures": Method("control: random pictures", "#ead7c0", "penalty", "area of LVLM-VA's masks"),
-        "jtt": Method("JTT", "#9edae5", "retrained", "none in training; in validation what jtt.rule says"),
-        "subg": Method("SUBG (group labels)", "#c5b0d5", "retrained", "group labels in training", needs="groups"),
-        "dfr": Method(
-            "DFR (group labels)",
-            "#9467bd",
-            "retrained",
-            "group labels of the split that it is refitted on",
-            needs="groups",
-        ),
-        SUBJECT: Method("LVLM-VA", "#1f77b4", "penalty", "a description per class; verdicts of the critic"),
-        "rrr_gt": Method(
-            "RRR with true masks (bound)",
-            "#2ca02c",
-            "penalty",
-            "true spurious masks of the alignment set",
-            needs="true_masks",
-        ),
-    }
-)
+METHODS: dict[str, Method] = {
+    BASE: Method("base model", "#7f7f7f", "base", "none"),
+    "lambda_zero": Method("control: λ = 0", "#bdbdbd", "penalty", "none", {"rrr_lambda": 0.0}),
+    "random_masks": Method(
+        "control: random masks", "#d9b38c", "penalty", "which pictures LVLM-VA masks, and how much of each"
+    ),
+    "random_pictures": Method("control: random pictures", "#ead7c0", "penalty", "area of LVLM-VA's masks"),
+    "jtt": Method("JTT", "#9edae5", "retrained", "none in training; in validation what jtt.rule says"),
+    "subg": Method("SUBG (group labels)", "#c5b0d5", "retrained", "group labels in training", needs="groups"),
+    "dfr": Method(
+        "DFR (group labels)",
+        "#9467bd",
+        "retrained",
+        "group labels of the split that it is refitted on",
+        needs="groups",
+    ),
+    SUBJECT: Method("LVLM-VA", "#1f77b4", "penalty", "a description per class; verdicts of the critic"),
+    "rrr_gt": Method(
+        "RRR with true masks (bound)",
+        "#2ca02c",
+        "penalty",
+        "true spurious masks of the alignment set",
+        needs="true_masks",
+    ),
+}
 
 
 def method(name: str) -> Method:

@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,9 +8,11 @@ import pytest
 from ruamel.yaml import YAML
 
 from lvlmva.params import load_params
+from lvlmva_core.arrays import read_json
 from lvlmva_core.datasets.registry import DATASETS
 from lvlmva_core.datasets.settings import PrepareSettings
 from lvlmva_core.errors import InputError
+from stages.settings import settings
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,6 +88,40 @@ def test_a_file_that_is_not_there_or_no_yaml(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text("align: [")
     with pytest.raises(InputError, match="not valid YAML"):
         load_params(tmp_path / "params.yaml")
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    shutil.copytree(ROOT / "prompts" / "decoy_digits", tmp_path / "prompts" / "decoy_digits")
+    return tmp_path / "prompts"
+
+
+def test_each_prompt_reaches_its_own_stage_alone(tmp_path: Path, prompts: Path) -> None:
+    def written() -> list[dict[str, str]]:
+        settings(ROOT / "params.yaml", prompts, tmp_path / "settings")
+        return [read_json(tmp_path / "settings" / f"{name}_prompts.json") for name in ("critique", "judge")]
+
+    first = written()
+    for name, critique_is_new, judge_is_new in (
+        ("critic.j2", True, False),
+        ("judge.j2", False, True),
+        ("specification.yaml", True, False),
+    ):
+        file = prompts / "decoy_digits" / name
+        text = file.read_text()
+        file.write_text(text + "\n")
+        assert [new != old for new, old in zip(written(), first, strict=True)] == [critique_is_new, judge_is_new]
+        file.write_text(text)
+    assert written() == first
+
+
+def test_prompts_that_are_not_there_are_said_in_one_line(tmp_path: Path, prompts: Path) -> None:
+    file = _params_with(tmp_path, ("judge.prompts", "mine"))
+    with pytest.raises(InputError, match=r"judge\.prompts = 'mine': no folder .*prompts/mine \(there: decoy_digits\)"):
+        settings(file, prompts, tmp_path / "settings")
+    (prompts / "decoy_digits" / "judge.j2").unlink()
+    with pytest.raises(InputError, match=r"decoy_digits/judge\.j2: cannot be read .*; see prompts/generic"):
+        settings(ROOT / "params.yaml", prompts, tmp_path / "settings")
 
 
 def test_a_mistake_deep_in_the_section_of_a_data_set_is_named_by_its_keys(tmp_path: Path) -> None:
