@@ -9,6 +9,7 @@ from ruamel.yaml import YAML
 
 from lvlmva.params import load_params
 from lvlmva_core.arrays import read_json
+from lvlmva_core.datasets.decoy import DecoyDigits
 from lvlmva_core.datasets.registry import DATASETS
 from lvlmva_core.datasets.settings import PrepareSettings
 from lvlmva_core.errors import InputError
@@ -97,8 +98,11 @@ def prompts(tmp_path: Path) -> Path:
 
 
 def test_each_prompt_reaches_its_own_stage_alone(tmp_path: Path, prompts: Path) -> None:
+    images, samples, masks = tmp_path / "images.zarr", tmp_path / "samples.parquet", tmp_path / "masks.zarr"
+    DecoyDigits(seed=0).write(images, samples, masks)
+
     def written() -> list[dict[str, str]]:
-        settings(ROOT / "params.yaml", prompts, tmp_path / "settings")
+        settings(ROOT / "params.yaml", samples, masks, prompts, tmp_path / "settings")
         return [read_json(tmp_path / "settings" / f"{name}_prompts.json") for name in ("critique", "judge")]
 
     first = written()
