@@ -97,12 +97,17 @@ def prompts(tmp_path: Path) -> Path:
     return tmp_path / "prompts"
 
 
-def test_each_prompt_reaches_its_own_stage_alone(tmp_path: Path, prompts: Path) -> None:
-    images, samples, masks = tmp_path / "images.zarr", tmp_path / "samples.parquet", tmp_path / "masks.zarr"
-    DecoyDigits(seed=0).write(images, samples, masks)
+@pytest.fixture
+def prepared(tmp_path: Path) -> tuple[Path, Path]:
+    """The sample table and the true masks of the default."""
+    samples, masks = tmp_path / "samples.parquet", tmp_path / "masks.zarr"
+    DecoyDigits(seed=0).write(tmp_path / "images.zarr", samples, masks)
+    return samples, masks
 
+
+def test_each_prompt_reaches_its_own_stage_alone(tmp_path: Path, prompts: Path, prepared: tuple[Path, Path]) -> None:
     def written() -> list[dict[str, str]]:
-        settings(ROOT / "params.yaml", samples, masks, prompts, tmp_path / "settings")
+        settings(ROOT / "params.yaml", *prepared, prompts, tmp_path / "settings")
         return [read_json(tmp_path / "settings" / f"{name}_prompts.json") for name in ("critique", "judge")]
 
     first = written()
@@ -119,13 +124,15 @@ def test_each_prompt_reaches_its_own_stage_alone(tmp_path: Path, prompts: Path) 
     assert written() == first
 
 
-def test_prompts_that_are_not_there_are_said_in_one_line(tmp_path: Path, prompts: Path) -> None:
+def test_prompts_that_are_not_there_are_said_in_one_line(
+    tmp_path: Path, prompts: Path, prepared: tuple[Path, Path]
+) -> None:
     file = _params_with(tmp_path, ("judge.prompts", "mine"))
     with pytest.raises(InputError, match=r"judge\.prompts = 'mine': no folder .*prompts/mine \(there: decoy_digits\)"):
-        settings(file, prompts, tmp_path / "settings")
+        settings(file, *prepared, prompts, tmp_path / "settings")
     (prompts / "decoy_digits" / "judge.j2").unlink()
     with pytest.raises(InputError, match=r"decoy_digits/judge\.j2: cannot be read .*; see prompts/generic"):
-        settings(ROOT / "params.yaml", prompts, tmp_path / "settings")
+        settings(ROOT / "params.yaml", *prepared, prompts, tmp_path / "settings")
 
 
 def test_a_mistake_deep_in_the_section_of_a_data_set_is_named_by_its_keys(tmp_path: Path) -> None:
