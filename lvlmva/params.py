@@ -12,11 +12,13 @@ from lvlmva_core.attribute_settings import Attribute
 from lvlmva_core.comparison import SUBJECT
 from lvlmva_core.datasets.settings import Prepare
 from lvlmva_core.errors import InputError
+from lvlmva_core.exchange_settings import Exchange
 from lvlmva_core.lvlm.settings import Endpoint
 from lvlmva_core.methods import METHODS
 from lvlmva_core.regions import Overlap
 from lvlmva_core.segment_settings import Segment
-from lvlmva_core.settings import Count, NonNegative, Positive, Seed, Settings, Share
+from lvlmva_core.settings import Count, Seed, Settings, Share
+from lvlmva_core.train_settings import Train
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
@@ -26,19 +28,6 @@ class Compute(Settings):
 
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")]
     threads: Count
-
-
-class Train(Settings):
-    """Cross-entropy training of the base model."""
-
-    model: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
-    weights: str | None = None
-    hidden: Count
-    learning_rate: Positive
-    weight_decay: NonNegative = 0.0
-    batch_size: Count
-    epochs: Count
-    seed: Seed
 
 
 class Rank(Settings):
@@ -127,6 +116,7 @@ class Params(Settings):
     rank: Rank
     attribute: Attribute
     segment: Segment
+    exchange: Exchange
     critique: Critique
     judge: Judge
     mask: Mask
@@ -159,7 +149,8 @@ class Params(Settings):
                     f"(rank.n_samples = {self.rank.n_samples}); lower it in align"
                 )
             chosen[name] = settings
-        known = {**self.train.model_dump(), "seeds": self.align.seeds}
+        trained = self.train.model_dump()
+        known = {**{key: value for key, value in trained.items() if value is not None}, "seeds": self.align.seeds}
         for name, own in self.retrained.items():
             _check_method("retrained", name, "retrained")
             section: type[Settings] = importlib.import_module(f"lvlmva_core.baselines.{name}").Settings

@@ -10,10 +10,17 @@ import numpy as np
 import pandas as pd
 
 from lvlmva_core.errors import InputError
-from lvlmva_core.metrics import METRICS, Measured, entropy_auroc, group_accuracies, verdict_quality
+from lvlmva_core.metrics import (
+    METRICS,
+    Measured,
+    entropy_auroc,
+    group_accuracies,
+    reliance_on_rejected,
+    verdict_quality,
+)
 from lvlmva_core.outputs import BASE, Outputs
 from lvlmva_core.regions import ON_OBJECT, Overlap, overlaps
-from lvlmva_core.statistics import mean_and_std, wilcoxon_test
+from lvlmva_core.statistics import bootstrap_interval, mean_and_std, wilcoxon_test
 
 SUBJECT = "lvlm_va"  # tested against every other method; the others against the base model
 
@@ -58,6 +65,7 @@ def measure(
                     shares,
                     maps,
                     masks,
+                    found.exchanged[:, place] if found.exchange_ids else None,
                 )
                 of_model |= _values(measured, split)
                 if split == "test":
@@ -67,6 +75,22 @@ def measure(
                     of_model |= _robustness(corrupted, measured.labels, of_model["test.accuracy"])
             values[method][seed] = of_model
     return values, pd.concat(groups, ignore_index=True)
+
+
+def reliance_intervals(outputs: Mapping[str, Outputs], seed: int = 0) -> dict[str, Any]:
+    """Each method's reliance on what was rejected (an extension): the mean of its seeds' models, and the 95 % bootstrap
+    interval over pictures, which says nothing of the spread over seeds; {} where nothing was rejected."""
+
+    def mean_of_models(rows: np.ndarray) -> float:
+        return float(np.mean([reliance_on_rejected(rows[:, place]) for place in range(rows.shape[1])]))
+
+    intervals = {}
+    for method, found in outputs.items():
+        if found.exchange_ids:
+            low, high = bootstrap_interval(found.exchanged, mean_of_models, seed=seed)
+            value = mean_of_models(found.exchanged)
+            intervals[method] = {"value": value, "low": low, "high": high, "pictures": len(found.exchange_ids)}
+    return intervals
 
 
 def _places(rows: pd.DataFrame) -> dict[str, np.ndarray]:

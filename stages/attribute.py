@@ -1,7 +1,6 @@
 """Stage attribute: explanation maps of the alignment samples."""
 
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ def attribute(
     loaded = load_params(params)
     config, method = loaded.attribute, METHODS[loaded.attribute.method]
     device = set_up_compute(loaded.compute.device, loaded.compute.threads)
-    classifier, spec = load_checkpoint(base, device)
+    classifier, spec = load_checkpoint(base, device, loaded.train.model)
     table = read_samples(samples)
     ids = sorted(read_table(alignment_set, ["id"])["id"])
     shown = read_sample_rows(images, table, ids, device)
@@ -57,7 +56,7 @@ def attribute(
             "method": config.method,
             "version": method.version,
             "settings": {name: getattr(config, name) for name in method.settings},
-            "model": asdict(spec),
+            "model": spec.facts(),
             "weights": weights_digest(classifier),
             "baselines": baselines.cpu().numpy(),
         }

@@ -8,7 +8,14 @@ import pandas as pd
 from lvlmva.entry import run
 from lvlmva.params import load_params
 from lvlmva_core.arrays import read_array, read_attrs, read_json, read_table, write_json
-from lvlmva_core.comparison import entropy_summary, measure, over_seeds, tests, verdicts_against_truth
+from lvlmva_core.comparison import (
+    entropy_summary,
+    measure,
+    over_seeds,
+    reliance_intervals,
+    tests,
+    verdicts_against_truth,
+)
 from lvlmva_core.lvlm.records import VERDICT_FIELDS, read_rows
 from lvlmva_core.outputs import BASE, read_outputs
 from lvlmva_core.samples import read_object_masks, read_samples, read_spurious_masks, rows_of_ids
@@ -41,6 +48,7 @@ def compare(
     content = {
         "methods": over_seeds(values),
         "tests": tests(values),
+        "reliance": reliance_intervals(outputs),
         "alignment_set": read_json(rank_metrics)["rank"],
         "entropy": entropy_summary(of_training["entropy"].to_numpy(), spurious, of_training["label"].to_numpy()),
         "verdicts": _verdicts(table, spurious_masks, attributions, segments, verdicts),

@@ -31,7 +31,7 @@ def explain(
     shown = read_sample_rows(images, table, ids, device)
     baselines = read_sample_rows(images, table, list(before["baseline_ids"]), device)
     checkpoint = sorted((models / "lvlm_va").glob("seed=*.safetensors"))[0]
-    model, _ = load_checkpoint(checkpoint, device)
+    model, _ = load_checkpoint(checkpoint, device, loaded.train.model)
     config = loaded.attribute
     explained = METHODS[before["method"]].explain(
         model, shown.images, baselines.images, shown.labels, config.batch_size, config.integration_steps

@@ -8,11 +8,22 @@ from lvlmva.pipeline import _imports
 
 ROOT = Path(__file__).parents[2]
 LAYERS = [
-    ["errors", "progress", "arrays", "settings", "align_settings", "store", "statistics", "compute"],
+    [
+        "errors",
+        "progress",
+        "arrays",
+        "settings",
+        "align_settings",
+        "train_settings",
+        "exchange_settings",
+        "store",
+        "statistics",
+        "compute",
+    ],
     ["samples", "corruptions", "regions", "attribute_settings", "segment_settings"],
     ["datasets"],
-    ["models", "efficientnet_lite", "splits", "training", "resume"],
-    ["ranking"],
+    ["models", "efficientnet_lite", "foreign", "splits", "training", "resume"],
+    ["ranking", "exchange"],
     ["attribution"],
     ["segmentation", "render"],
     ["lvlm"],
