@@ -15,6 +15,9 @@ from urllib.parse import urlsplit
 import typer
 
 from lvlmva.ask import allow_host
+from lvlmva.check_model import check_model_command
+from lvlmva.export import export as export_model
+from lvlmva.gate import gate
 from lvlmva.hydrate import open_store
 from lvlmva.pipeline import deps
 from lvlmva.preset import preset
@@ -43,6 +46,9 @@ app.command()(preset)
 app.command()(results)
 app.command()(sweep)
 app.command()(deps)
+app.command("check-model")(check_model_command)
+app.command("export")(export_model)
+app.command()(gate)
 
 OLD_S = 3600  # a temporary file this old belongs to a killed process
 

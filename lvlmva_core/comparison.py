@@ -93,6 +93,35 @@ def reliance_intervals(outputs: Mapping[str, Outputs], seed: int = 0) -> dict[st
     return intervals
 
 
+def intervals_of(found: Outputs, place: int, samples: pd.DataFrame, seed: int = 0) -> dict[str, tuple[float, ...]]:
+    """One model's accuracy, AGA, WGA and reliance on the split `test`: metric -> (value, low, high), the 95 % bootstrap
+    interval over pictures. AGA and WGA only where some pictures have the spurious feature and some do not.
+
+    Args:
+        place: of the model among `found.seeds`. samples: the sample table.
+    """
+    rows = samples[samples["split"].str.startswith("test")]
+    test = (rows["split"] == "test").to_numpy()
+    labels, spurious = rows["label"].to_numpy()[test], rows["spurious"].to_numpy()[test].astype(bool)
+    right = found.predictions()[test, place] == labels
+    measures: dict[str, tuple[np.ndarray, Any]] = {"accuracy": (right, lambda drawn: float(drawn.mean()))}
+    if 0 < spurious.sum() < len(spurious):
+        columns = np.stack([right, labels, spurious], axis=1)
+        for name, of_groups in (("AGA", np.mean), ("WGA", np.min)):
+            measures[name] = (columns, lambda drawn, of_groups=of_groups: float(of_groups(_group_means(drawn))))
+    if found.exchange_ids:
+        measures["reliance"] = (found.exchanged[:, place], reliance_on_rejected)
+    return {n: (of(taken), *bootstrap_interval(taken, of, seed=seed)) for n, (taken, of) in measures.items()}
+
+
+def _group_means(rows: np.ndarray) -> np.ndarray:
+    """Accuracy of each group that occurs; rows (n, 3) of right, label, spurious."""
+    group = rows[:, 1].astype(int) * 2 + rows[:, 2].astype(int)
+    counts = np.bincount(group)
+    sums: np.ndarray = np.bincount(group, weights=rows[:, 0])
+    return sums[counts > 0] / counts[counts > 0]
+
+
 def _places(rows: pd.DataFrame) -> dict[str, np.ndarray]:
     split = rows["split"].to_numpy()
     return {name: np.flatnonzero(split == name) for name in sorted(set(split))}

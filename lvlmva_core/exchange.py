@@ -1,6 +1,6 @@
 """What a prediction depends on, without a label for the shortcut: regions exchanged for those of other pictures.
 
-An extension of LVLM-VA. A region that the model uses changes the prediction when it comes from a picture of another class;
+An extension of LVLM-VA. A region that the model uses changes the prediction when it comes from another class's picture;
 one that it does not use changes nothing, whatever an attribution says of it. Filled from pictures of its own class, a
 region that the model uses for what it should changes little either.
 
@@ -139,8 +139,8 @@ def summary_of(found: Reliance) -> dict[str, float | int]:
 class Trial:
     """Held-out pictures with rejected content put into them: what one model is then asked, and every other model alike.
 
-    rows: int64 (n,), places of the pictures. donors: int64 (n, d), places of the alignment samples whose rejected region
-    is put in. fills: int64 (n, d), places of the held-out pictures of the own class that fill the same place instead.
+    rows: int64 (n,), places of the pictures. donors: int64 (n, d), places of alignment samples whose rejected region is
+    put in. fills: int64 (n, d), places of the held-out pictures of the own class that fill the same place instead.
     """
 
     rows: np.ndarray
@@ -187,7 +187,7 @@ def run_trial(
     its own class's content at the same place instead; the last two are means over donors.
 
     Args:
-        model: in eval mode. donor_images: (N, C, H, W), the alignment samples. masks: bool (N, H, W), on the same device.
+        model: in eval mode. donor_images: (N, C, H, W), alignment samples. masks: bool (N, H, W), on the same device.
     """
     labels = held_out.labels[trial.rows]
     pictures = held_out.images[trial.rows]

@@ -263,6 +263,11 @@ def _is_state(content: Mapping[Any, Any]) -> bool:
     return bool(content) and all(isinstance(each, Tensor) for each in content.values())
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a file is a checkpoint that this software wrote."""
+    return _own_spec(path) is not None
+
+
 def _own_spec(path: Path) -> ModelSpec | None:
     """The spec of a checkpoint that this software wrote; None for any other file."""
     if path.suffix != ".safetensors" or not path.is_file():

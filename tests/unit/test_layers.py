@@ -30,7 +30,7 @@ LAYERS = [
     ["masks", "controls"],
     ["metrics"],
     ["alignment", "baselines"],
-    ["outputs", "evaluation"],
+    ["outputs", "evaluation", "classifier_check", "export"],
     ["comparison"],
     ["methods"],
     ["report"],
