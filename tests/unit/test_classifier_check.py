@@ -76,7 +76,9 @@ def test_turned_channels_are_found_where_each_channel_means_a_class() -> None:
 def test_a_model_that_knows_nothing_is_implausible_and_no_reading_is_made_up() -> None:
     model = _model([0, 1, 2], *IMAGENET)
     shuffled = {
-        name: Split(split.images, split.labels[torch.randperm(len(split.labels), generator=torch.Generator().manual_seed(3))])
+        name: Split(
+            split.images, split.labels[torch.randperm(len(split.labels), generator=torch.Generator().manual_seed(3))]
+        )
         for name, split in SPLITS.items()
     }
     found = check_classifier(model, shuffled, NAMES, {"test": 0.9})

@@ -135,7 +135,9 @@ def test_a_model_that_uses_one_place_is_found_out_by_its_region() -> None:
     found_of = run_trial(model, split, images, torch.from_numpy(masks), trial, 16)
     np.testing.assert_allclose(found_of[:, 2] - found_of[:, 1], 4 * 0.8 / 2, atol=1e-5)
     blind = _Linear(torch.where(torch.arange(SIDE)[:, None] > 2, torch.randn(2, 1, SIDE, SIDE), torch.zeros(1)))
-    np.testing.assert_allclose(reliance_on_rejected(run_trial(blind, split, images, torch.from_numpy(masks), trial, 16)), 0, atol=1e-5)
+    np.testing.assert_allclose(
+        reliance_on_rejected(run_trial(blind, split, images, torch.from_numpy(masks), trial, 16)), 0, atol=1e-5
+    )
 
 
 def test_nothing_rejected_is_no_trial() -> None:
