@@ -1,6 +1,7 @@
 """How every stage is called: paths from dvc.yaml, one line for a user's mistake."""
 
 import functools
+import gc
 import inspect
 import sys
 from collections.abc import Callable
@@ -19,6 +20,8 @@ def run(stage: Callable[..., Any]) -> None:
     A parameter that is a Path has the path of its name in dvc.yaml as default, so that the commands stay short. A
     user's mistake (InputError) is one line on stderr, exit code 1; Ctrl-C exits with 130.
     """
+    gc.freeze()
+    gc.enable()
     spec = sys.modules["__main__"].__spec__
     name = spec.name if spec else stage.__module__
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

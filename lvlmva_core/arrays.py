@@ -13,13 +13,15 @@ import pandas as pd
 from lvlmva_core.errors import InputError
 
 SHARD_ROWS = 64  # one file per 64 samples: few enough files for DVC, small enough to transfer singly
+CHUNK_BYTES = 1 << 16  # decoded at once; smaller chunks cost more to find than to decode
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], attrs: Mapping[str, Any]) -> None:
     """Write arrays of equal first dimension as one zarr group that replaces whatever stood at `path`.
 
-    Chunks hold one sample, shards 64; blosc-zstd with shuffle, and a CRC-32C per chunk so that damage is noticed
-    when it is read. The group is built beside `path` and renamed, so `path` is never half written.
+    Chunks hold one sample, or as many as fill 64 KiB, shards 64 samples; blosc-zstd with shuffle, and a CRC-32C per
+    chunk so that damage is noticed when it is read. The group is built beside `path` and renamed, so `path` is never
+    half written.
 
     Args:
         path: folder of the group.
@@ -40,7 +42,7 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], attrs: Mapping[st
                 name,
                 shape=array.shape,
                 dtype=array.dtype,
-                chunks=(1, *array.shape[1:]),
+                chunks=(_chunk_rows(array), *array.shape[1:]),
                 shards=(SHARD_ROWS, *array.shape[1:]),
                 compressors=[
                     BloscCodec(typesize=array.itemsize, cname="zstd", clevel=5, shuffle=BloscShuffle.shuffle),
@@ -130,6 +132,12 @@ def read_json(path: Path) -> Any:
 
 
 _REPAIR = "restore it with `dvc checkout`, or delete it and run `dvc repro`"
+
+
+def _chunk_rows(array: np.ndarray) -> int:
+    """The largest power of two, so that it divides a shard, whose samples fit into CHUNK_BYTES."""
+    fitting = CHUNK_BYTES // max(1, array.itemsize * math.prod(array.shape[1:]))
+    return 1 << (min(max(fitting, 1), SHARD_ROWS).bit_length() - 1)
 
 
 def _count_shards(folder: Path) -> int:

@@ -1,22 +1,24 @@
 """Verdicts and segments to correction masks, with an expert's overrides (LVLM-VA §4.3, supplement A)."""
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from lvlmva_core.errors import InputError
 from lvlmva_core.regions import NO_REGION, segmentation_digest
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 VERDICTS = ("yes", "no", "unsure")
 OVERRIDE_COLUMNS = ["sample", "segmentation", "region", "verdict"]
 
 
-def assemble_mask(segments: Tensor, verdicts: Mapping[int, str]) -> Tensor:
+def assemble_mask(segments: "Tensor", verdicts: Mapping[int, str]) -> "Tensor":
     """Mask of the regions that were judged "no": where the model's gradient is to vanish (LVLM-VA §4.3).
 
     Args:
@@ -29,17 +31,25 @@ def assemble_mask(segments: Tensor, verdicts: Mapping[int, str]) -> Tensor:
     Raises:
         ValueError: a region that is present lacks a verdict, or a verdict is none of the three words.
     """
+    import torch  # here, so that the stage `mask` starts without it
+
     if segments.ndim != 2 or segments.is_floating_point():
         raise ValueError(f"segments must be (H, W) of integers, not {tuple(segments.shape)} {segments.dtype}")
-    mask = torch.zeros(segments.shape, dtype=torch.bool, device=segments.device)
-    for region in sorted(set(torch.unique(segments).tolist()) - {NO_REGION}):
+    rejected = _rejected(torch.unique(segments).tolist(), verdicts)
+    return torch.isin(segments, torch.tensor(rejected, dtype=segments.dtype, device=segments.device))
+
+
+def _rejected(regions: Iterable[int], verdicts: Mapping[int, str]) -> list[int]:
+    """Those of the regions that are present which were judged "no". Raises ValueError as `assemble_mask` does."""
+    rejected = []
+    for region in sorted(set(regions) - {NO_REGION}):
         verdict = verdicts.get(region)
         if verdict not in VERDICTS:
             found = "no verdict" if verdict is None else f"verdict {verdict!r}"
             raise ValueError(f"region {region} has {found}; expected one of {', '.join(VERDICTS)}")
         if verdict == "no":
-            mask |= segments == region
-    return mask
+            rejected.append(region)
+    return rejected
 
 
 @dataclass(frozen=True)
@@ -134,7 +144,7 @@ def assemble_masks(
         if sample not in verdicts and sample not in given:
             raise InputError(f"sample '{sample}' has neither verdicts nor a failure; rerun `dvc repro judge`")
         try:
-            masks.append(assemble_mask(torch.from_numpy(label_map), corrected).numpy())
+            masks.append(np.isin(label_map, _rejected(regions, corrected)))
         except ValueError as error:
             raise InputError(f"sample '{sample}': {error}; rerun `dvc repro judge`") from error
         usable.append(sample)

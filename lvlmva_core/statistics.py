@@ -14,8 +14,9 @@ def mean_and_std(values: Sequence[float]) -> dict[str, float]:
 def wilcoxon_test(differences: Sequence[float]) -> dict[str, float | int]:
     """Exact Wilcoxon signed-rank test of paired differences (LVLM-VA §5.2; scipy).
 
-    All 2^n signs are enumerated, so that ties are exact too; zero differences are left out. Above 16 differences
-    scipy's own choice of method is taken. With n = 7 the least two-sided p is 2 / 128 = 0.0156.
+    Zero differences are left out. Where differences tie, all 2^n signs are enumerated, so that these are exact too, up
+    to 16 differences; above that scipy's own choice of method is taken. With n = 7 the least two-sided p is 2 / 128 =
+    0.0156.
 
     Returns:
         n (differences that are not zero), p_two_sided, p_greater (one-sided: the differences lie above zero).
@@ -27,7 +28,8 @@ def wilcoxon_test(differences: Sequence[float]) -> dict[str, float | int]:
     n = len(values)
     if n == 0:
         return {"n": 0, "p_two_sided": 1.0, "p_greater": 1.0}
-    method = stats.PermutationMethod(n_resamples=2**n) if 1 < n <= 16 else "auto"
+    ties = len(np.unique(np.abs(values))) < n
+    method = stats.PermutationMethod(n_resamples=2**n) if ties and n <= 16 else "auto"  # without ties auto is exact
     tests = {side: stats.wilcoxon(values, alternative=side, method=method).pvalue for side in ("two-sided", "greater")}
     return {
         "n": n,

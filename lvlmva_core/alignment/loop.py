@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from lvlmva_core.alignment.learners import Batches, Graphed, Learner, Single, Stack, set_learning_rate
+from lvlmva_core.alignment.learners import Batches, Graphed, Learner, Single, Stack
 from lvlmva_core.alignment.selection import Selection
 from lvlmva_core.alignment.stacked_mlp import CLOSED_FORM, linear_layers
 from lvlmva_core.compute import own_draws
@@ -161,7 +161,7 @@ def _train(
                 if settings.learning_rate_schedule == "linear":
                     taken = (epoch - 1) * steps + n
                     rate = settings.learning_rate * (1 - taken / (epochs * steps))
-                    set_learning_rate(learner.optimizer, rate)
+                    learner.optimizer.set_learning_rate(rate)
                 step(rows[n], chosen[n])
         totals = learner.totals.tolist()
         for n in going:

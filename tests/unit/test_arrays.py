@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import zarr
 
 from lvlmva_core.arrays import read_array, read_attrs, read_json, read_table, write_arrays, write_json, write_table
 from lvlmva_core.errors import InputError
@@ -92,3 +93,15 @@ def test_tables_and_json_round_trip_and_say_what_is_wrong(tmp_path: Path) -> Non
         write_json(tmp_path / "m.json", {"a": float("nan")})
     with pytest.raises(InputError, match="not readable JSON"):
         read_json(tmp_path / "missing.json")
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows"), [((28, 28), 64), ((64, 64), 16), ((3, 96, 96), 2), ((224, 224), 1), ((), 64)]
+)
+def test_a_chunk_holds_as_many_samples_as_fill_64_kib(tmp_path: Path, shape: tuple[int, ...], rows: int) -> None:
+    array = np.random.default_rng(0).integers(0, 256, (130, *shape), dtype=np.uint8)
+    write_arrays(tmp_path / "a.zarr", {"x": array}, {})
+    stored = zarr.open_group(str(tmp_path / "a.zarr"), mode="r")["x"]
+    assert isinstance(stored, zarr.Array)
+    assert stored.chunks[0] == rows
+    np.testing.assert_array_equal(read_array(tmp_path / "a.zarr", "x", np.array([129, 0, 64])), array[[129, 0, 64]])

@@ -56,7 +56,7 @@ def test_only_what_the_preset_says_changes(params: Path) -> None:
     changed = [
         pair for pair in zip(before.splitlines(), params.read_text().splitlines(), strict=True) if len(set(pair)) > 1
     ]
-    assert changed == [("  epochs: 60", "  epochs: 7")]
+    assert changed == [("  epochs: 30", "  epochs: 7")]
 
 
 def test_an_experiment_forgets_what_stood_there_and_comments_stay(
