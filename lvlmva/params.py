@@ -3,7 +3,7 @@
 import difflib
 import importlib
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -206,10 +206,13 @@ def load_params(path: Path) -> Params:
 def _explain(error: ValidationError, section: type[Settings], place: str) -> str:
     """Say what the first error of a validation is, in one line that names the key and the remedy."""
     first = error.errors(include_url=False, include_context=True)[0]
-    key = place + ".".join(str(part) for part in first["loc"]) or "the file"
+    unknown = first["type"] == "extra_forbidden"
+    keys, sections = _walk(section, first["loc"][:-1] if unknown else first["loc"])
+    keys += [str(first["loc"][-1])] if unknown else []
+    key = place + ".".join(keys) or "the file"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if first["type"] == "extra_forbidden":
-        known = sorted(_fields_at(section, first["loc"][:-1]))
+    if unknown:
+        known = sorted({field.alias or name for each in sections for name, field in each.model_fields.items()})
         close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
         remedy = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(known)}"
         return f"unknown key '{key}'; {remedy}{more}"
@@ -221,11 +224,30 @@ def _explain(error: ValidationError, section: type[Settings], place: str) -> str
     return f"'{key}' = {first['input']!r}: {message[0].lower()}{message[1:]}{more}"
 
 
-def _fields_at(section: type[Settings], location: tuple[Any, ...]) -> list[str]:
-    model: Any = section
+def _walk(section: type[BaseModel], location: tuple[Any, ...]) -> tuple[list[str], list[type[BaseModel]]]:
+    """The keys of an error's place as they stand in the file, and the sections there: pydantic puts the names of a
+    union's members between them, which nobody has written."""
+    keys, sections = [], [section]
     for part in location:
-        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
-        if field is None:
-            return []
-        model = field.annotation
-    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+        if len(sections) > 1 and any(_is_member(each, part) for each in sections):
+            sections = [each for each in sections if _is_member(each, part)]
+            continue
+        fields = [
+            field for each in sections for name, field in each.model_fields.items() if part in (name, field.alias)
+        ]
+        if fields:
+            sections = [inner for field in fields for inner in _sections_in(field.annotation)]
+        elif sections and isinstance(part, str):
+            continue
+        keys.append(str(part))
+    return keys, sections
+
+
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [inner for each in get_args(annotation) for inner in _sections_in(each)]
+
+
+def _is_member(section: type[BaseModel], tag: Any) -> bool:
+    return any(tag in get_args(field.annotation) for field in section.model_fields.values())
