@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -16,28 +17,142 @@ import typer
 
 from lvlmva.hydrate import committed_versions, open_store, version_at_head
 from lvlmva_core.errors import InputError
-from lvlmva_core.lvlm.calls import Call, CallStore, Record, append_line, check_record
+from lvlmva_core.lvlm.budget import Estimate, cost_usd, estimate_calls, estimate_input_tokens, price_is_known
+from lvlmva_core.lvlm.calls import Call, CallStore, Record, check_record, note
+from lvlmva_core.lvlm.cases import Case
 from lvlmva_core.lvlm.client import (
     CallFailedError,
     Client,
-    Estimate,
     NotInStoreError,
     Question,
     check_endpoint,
-    estimate_calls,
-    estimate_input_tokens,
     host_of,
     is_loopback,
     map_calls,
 )
-from lvlmva_core.lvlm.records import Row
-from lvlmva_core.lvlm.settings import Endpoint
+from lvlmva_core.lvlm.critic import ask_critic, critic_call, row_of_answer, why_no_critique
+from lvlmva_core.lvlm.judge import Judged, ask_judge, judge_call, row_of_judged
+from lvlmva_core.lvlm.prompts import load_critic_prompts, load_judge_prompts
+from lvlmva_core.lvlm.records import CritiqueRow, VerdictRow
+from lvlmva_core.lvlm.settings import Endpoint, ModelCritic, ModelJudge
+from lvlmva_core.store import canonical_json
 
 T = TypeVar("T")
 S = TypeVar("S")
 
 NAMED_AT_MOST = 5  # samples in a message
 CALLS_KEPT = 256  # of half a megabyte each
+
+
+def criticise_by_model(
+    config: ModelCritic, cases: Sequence[Case], class_names: list[str], folder: Path, out: Path, *, dry_run: bool
+) -> list[CritiqueRow]:
+    """Rows of a model's critiques, bought as far as the store lacks them; none after a dry run.
+
+    Args:
+        folder: of the prompts. out: where the rows will be written.
+    """
+    prompts = load_critic_prompts(folder, class_names)
+    named = config.name_spurious_feature
+
+    def call_of(case: Case, index: int = 0) -> Call:
+        return critic_call(
+            config.endpoint,
+            prompts,
+            case.class_name,
+            case.picture,
+            case.segments,
+            name_spurious_feature=named,
+            index=index,
+        )
+
+    async def ask(client: Client, case: Case, first: Question) -> Record:
+        def beyond() -> None:
+            client.spent.bought_beyond += 1
+
+        async def answer(index: int) -> Record:
+            later = first if index == 0 else _question(lambda: call_of(case, index), case.sample)
+            return await client.ask(
+                Question(later.keys, later.build, case.sample, lambda text: why_no_critique(text, colours))
+            )
+
+        colours = list(case.regions().values())
+        return await ask_critic(answer, max_attempts=config.max_attempts, beyond=beyond)
+
+    asked = [case for case in cases if case.regions()]
+    results = ask_all(
+        asked,
+        name_of=lambda case: case.sample,
+        first_call=call_of,
+        work=ask,
+        failure_of=lambda record: None,
+        config=config,
+        section="critique.endpoint",
+        out=out,
+        replay=config.critic == "replay",
+        pictures=True,
+        dry_run=dry_run,
+    )
+    if results is None:
+        return []
+    settings = {"name_spurious_feature": named, "prompt": prompts.digest}
+    found = dict(zip((case.sample for case in asked), results, strict=True))
+    return [
+        row_of_answer(case, config, settings if case.sample in found else {}, found.get(case.sample, ""))
+        for case in cases
+    ]
+
+
+def judge_by_model(
+    config: ModelJudge, critiques: Sequence[CritiqueRow], folder: Path, out: Path, *, dry_run: bool
+) -> list[VerdictRow]:
+    """Rows of a model's verdicts on critiques that have one; none after a dry run."""
+    prompts = load_judge_prompts(folder)
+
+    def colours_of(row: CritiqueRow) -> list[str]:
+        return [each.color for each in row.regions]
+
+    def first_call(row: CritiqueRow) -> Call:
+        return judge_call(
+            config.endpoint,
+            prompts,
+            row.critique or "",
+            colours_of(row),
+            answer_format=config.answer_format,
+            earlier=[],
+        )
+
+    async def ask(client: Client, row: CritiqueRow, first: Question) -> Judged:
+        judged = await ask_judge(
+            lambda call: client.ask(_question(lambda: call, row.sample, call)),
+            lambda call: client.calls.find(call.keys()),
+            prompts,
+            row.critique or "",
+            colours_of(row),
+            config=config,
+        )
+        client.spent.bought_beyond += judged.beyond
+        client.spent.hits += judged.looked_up
+        return judged
+
+    asked = [row for row in critiques if row.failure is None]
+    results = ask_all(
+        asked,
+        name_of=lambda row: row.sample,
+        first_call=first_call,
+        work=ask,
+        failure_of=lambda judged: judged.failure,
+        config=config,
+        section="judge.endpoint",
+        out=out,
+        replay=config.judge == "replay",
+        pictures=False,
+        dry_run=dry_run,
+    )
+    if results is None:
+        return []
+    found = dict(zip((row.sample for row in asked), results, strict=True))
+    return [row_of_judged(row, config, found.get(row.sample)) for row in critiques]
 
 
 def ask_all(
@@ -47,12 +162,11 @@ def ask_all(
     first_call: Callable[[T], Call],
     work: Callable[[Client, T, Question], Awaitable[S]],
     failure_of: Callable[[S], str | None],
-    endpoint: Endpoint,
+    config: ModelCritic | ModelJudge,
     section: str,
     out: Path,
     replay: bool,
     pictures: bool,
-    max_failed_share: float,
     dry_run: bool,
 ) -> list[S | str] | None:
     """Ask about each item, from the store where possible; say before what is bought, and after what it took.
@@ -70,6 +184,7 @@ def ask_all(
     Raises:
         InputError: nothing can be bought, the budget is spent, too many failed, or replay lacks answers.
     """
+    endpoint, share = config.endpoint, config.max_failed_share
     replay = replay or os.environ.get("LVLMVA_OFFLINE", "") not in ("", "0")
     calls = open_calls(out)
     survey = _survey(items, first_call, name_of)
@@ -88,7 +203,7 @@ def ask_all(
         confirm_host(endpoint)
         return key
 
-    if any(calls.get(question.key) is None for question in survey.questions):
+    if any(calls.find(question.keys) is None for question in survey.questions):
         fill()
     estimate = survey.estimate(calls, endpoint)
     _say(describe(estimate, endpoint, section))
@@ -96,7 +211,7 @@ def ask_all(
         return None
     if estimate.new_calls:
         prepare()
-    client = Client(endpoint, section, calls, prepare, replay)
+    client = Client(endpoint, section, calls, prepare, replay, save_elsewhere)
     missing: list[str] = []
     failed: list[str] = []
 
@@ -113,14 +228,17 @@ def ask_all(
             result = failure = str(error)
         if failure is not None:
             failed.append(f"{name_of(item)}: {failure}")
-            if len(failed) > max_failed_share * len(items):
-                raise InputError(_too_many(failed, len(items), section, max_failed_share))
+            # where nothing succeeded yet, it may be a failure of all calls, which says more
+            if len(failed) > share * len(items) and not client.doubts:
+                raise InputError(_too_many(failed, len(items), section, share))
         return result
 
     started = time.monotonic()
     results, error = asyncio.run(_run(client, range(len(items)), attempt, endpoint.concurrency))
-    _say(_account(client, started))
-    append_line(calls.store, "runs.jsonl", {"section": section, "model": endpoint.model, **asdict(client.spent)})
+    for line in _account(client, started):
+        _say(line)
+    spent = {name: value for name, value in asdict(client.spent).items() if value or name in ("calls", "hits")}
+    note(calls.store, "runs.jsonl", {"section": section, "model": endpoint.model, **spent})
     if missing:
         missing.sort()
         named = ", ".join(missing[:NAMED_AT_MOST]) + (", ..." if len(missing) > NAMED_AT_MOST else "")
@@ -131,7 +249,32 @@ def ask_all(
         )
     if error is not None:
         raise error
+    if client.doubts and not client.succeeded:
+        raise client.doubts[0]
+    if len(failed) > share * len(items):
+        raise InputError(_too_many(failed, len(items), section, share))
+    if failed:
+        name = section.partition(".")[0]
+        _say(
+            f"{name}: {len(failed)} of {len(items)} samples failed and are left out (the last: {failed[-1]}); "
+            "`lvlmva calls retry` and `dvc repro` ask again about them"
+        )
     return [result for result in results if result is not None]
+
+
+def save_elsewhere(record: Record) -> str:
+    """Keep a record that was paid where the store cannot be written: in the folder for temporary files."""
+    file = Path(tempfile.gettempdir()) / f"lvlmva-unsaved-{os.getpid()}.jsonl"
+    try:
+        with file.open("ab") as lines:
+            lines.write(canonical_json(record) + b"\n")
+    except OSError as error:
+        return f"no file ({error.strerror} for {file} as well)"
+    return str(file)
+
+
+def _question(build: Callable[[], Call], sample: str, call: Call | None = None) -> Question:
+    return Question((call or build()).keys(), build, sample)
 
 
 @dataclass(frozen=True)
@@ -141,10 +284,13 @@ class _Survey:
     questions: list[Question]
     tokens: list[int]
 
+    def _pairs(self) -> Iterator[tuple[Question, int]]:
+        return zip(self.questions, self.tokens, strict=True)
+
     def estimate(self, calls: CallStore, endpoint: Endpoint) -> Estimate:
         """What is in the store and what is to be bought; one call that several samples share is bought once."""
-        tokens_of = dict(zip((question.key for question in self.questions), self.tokens, strict=True))
-        new = [tokens for key, tokens in tokens_of.items() if calls.get(key) is None]
+        tokens_of = {question.keys[0]: (question, tokens) for question, tokens in self._pairs()}
+        new = [tokens for question, tokens in tokens_of.values() if calls.find(question.keys) is None]
         return estimate_calls(endpoint, hits=len(tokens_of) - len(new), tokens=new)
 
 
@@ -155,7 +301,7 @@ def _survey(items: Sequence[T], first_call: Callable[[T], Call], name_of: Callab
         tokens.append(estimate_input_tokens(call))
         # pictures are large: the first calls are kept for sending, later ones are built a second time
         build = (lambda call=call: call) if place < CALLS_KEPT else (lambda item=item: first_call(item))
-        questions.append(Question(call.key(), build, name_of(item)))
+        questions.append(Question(call.keys(), build, name_of(item)))
     return _Survey(questions, tokens)
 
 
@@ -194,9 +340,9 @@ def _records_in(path: Path) -> Iterator[Any]:
         if not line:
             continue
         try:
-            row: Row = json.loads(line)
+            row = json.loads(line)
             yield from ([row["record"]] if row.get("record") else row.get("records") or [])
-        except (ValueError, AttributeError, KeyError):
+        except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
             yield None
 
 
@@ -211,9 +357,19 @@ def describe(estimate: Estimate, endpoint: Endpoint, section: str) -> str:
         over.append(f"max_calls = {endpoint.max_calls}")
     if estimate.cost_usd_at_most > endpoint.max_cost_usd:
         over.append(f"max_cost_usd = {endpoint.max_cost_usd}")
+    cost = f"at most {estimate.cost_usd_at_most:.4f} USD"
+    if not price_is_known(endpoint):
+        cost = (
+            f"at an unknown price ({section}.usd_per_million_input_tokens and ..._output_tokens are not set: "
+            f"max_cost_usd cannot hold, max_calls = {endpoint.max_calls} does)"
+        )
+    elif endpoint.service_tier is not None and endpoint.tier_usd_per_million_input_tokens is not None:
+        tier = endpoint.service_tier
+        least = cost_usd(endpoint, estimate.input_tokens, estimate.output_tokens_at_most, tier=tier)
+        cost += f" ({least:.4f} if all are served as '{tier}')"
     return (
         f"{plan} from {endpoint.model} at {host_of(endpoint)} ({variable}): about {estimate.input_tokens} tokens in, "
-        f"at most {estimate.output_tokens_at_most} out, at most {estimate.cost_usd_at_most:.4f} USD"
+        f"at most {estimate.output_tokens_at_most} out, {cost}"
         + (f"; may stop at {' and '.join(over)}" if over else "")
     )
 
@@ -260,7 +416,7 @@ def _hosts_file() -> Path:
 
 async def _run(
     client: Client, items: Sequence[T], attempt: Callable[[T], Awaitable[S]], concurrency: int
-) -> tuple[list[S | None], InputError | None]:
+) -> tuple[list[S | None], Exception | None]:
     async with client:
         with _progress(client, len(items)) as done:
             return await map_calls(items, attempt, concurrency, done)
@@ -297,13 +453,27 @@ def _progress(client: Client, total: int) -> Iterator[Callable[[], None]]:
         yield done
 
 
-def _account(client: Client, started: float) -> str:
-    spent = client.spent
-    return (
-        f"{client.section}: {spent.hits} answers from the store, {spent.calls} calls ({spent.attempts} attempts), "
+def _account(client: Client, started: float) -> Iterator[str]:
+    """What a run took, in a line, and what was out of the ordinary in lines of their own."""
+    spent, section = client.spent, client.section
+    yield (
+        f"{section}: {spent.hits} answers from the store, {spent.calls} calls ({spent.attempts} attempts), "
         f"{spent.input_tokens} tokens in, {spent.output_tokens} out, {spent.cost_usd:.4f} USD, "
         f"{time.monotonic() - started:.1f} s"
     )
+    if spent.bought_beyond:
+        yield f"{section}: {spent.bought_beyond} answers were asked for beyond unusable ones in the store"
+    if spent.unreadable:
+        yield f"{section}: {spent.unreadable} answers came, could not be read, and were booked as paid"
+    if spent.unanswered:
+        yield f"{section}: {spent.unanswered} requests got no answer, may be charged, and were booked as paid"
+    if spent.other_tier:
+        yield (
+            f"{section}: {spent.other_tier} requests went to the standard tier at its price, since "
+            f"'{client.endpoint.service_tier}' had no capacity (without_capacity: standard)"
+        )
+    for name, count in sorted(spent.served.items()):
+        yield f"warning: {section}: {count} answers came from '{name}'; '{client.endpoint.model}' was asked for"
 
 
 def _too_many(failed: list[str], total: int, section: str, share: float) -> str:

@@ -5,19 +5,19 @@ import importlib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError
 
 from lvlmva_core.align_settings import AlignSettings
-from lvlmva_core.attribute_settings import Attribute
+from lvlmva_core.attribution_methods import AttributionMethod
 from lvlmva_core.comparison import SUBJECT
-from lvlmva_core.datasets.settings import Prepare
+from lvlmva_core.datasets.registry import Prepare
 from lvlmva_core.errors import InputError
 from lvlmva_core.exchange_settings import Exchange
-from lvlmva_core.lvlm.settings import Endpoint
+from lvlmva_core.lvlm.settings import Critique, Judge
 from lvlmva_core.methods import METHODS
 from lvlmva_core.regions import Overlap
-from lvlmva_core.segment_settings import Segment
-from lvlmva_core.settings import Count, Seed, Settings, Share
+from lvlmva_core.segmenters import Segmenter
+from lvlmva_core.settings import Choice, Count, Seed, Settings, Share
 from lvlmva_core.train_settings import Train
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
@@ -37,44 +37,6 @@ class Rank(Settings):
     n_samples: Count
     stratify: bool
     seed: Seed
-
-
-class Critique(Settings):
-    """Who criticises the regions."""
-
-    critic: Literal["rules", "oracle", "model", "replay"]
-    prompts: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
-    name_spurious_feature: bool
-    max_failed_share: Share
-    oracle_rejects: Literal["spurious_feature", "off_object"] = "spurious_feature"
-    overlap: Annotated[str, Field(pattern=r"^(any|half_of_feature|majority_of_attribution)$")]
-    false_positive_rate: Share
-    false_negative_rate: Share
-    seed: Seed
-    endpoint: Endpoint | None
-
-    @model_validator(mode="after")
-    def _model_has_an_endpoint(self) -> "Critique":
-        if self.critic in ("model", "replay") and self.endpoint is None:
-            raise ValueError(f"critic '{self.critic}' needs critique.endpoint; take one from presets/critics")
-        return self
-
-
-class Judge(Settings):
-    """Who turns critiques into verdicts."""
-
-    judge: Literal["rules", "model", "replay"]
-    prompts: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
-    answer_format: Literal["json_schema", "prompt"]
-    max_attempts: Annotated[int, Field(ge=1, le=10)]
-    max_failed_share: Share
-    endpoint: Endpoint | None
-
-    @model_validator(mode="after")
-    def _model_has_an_endpoint(self) -> "Judge":
-        if self.judge in ("model", "replay") and self.endpoint is None:
-            raise ValueError(f"judge '{self.judge}' needs judge.endpoint; take one from presets/critics")
-        return self
 
 
 class Mask(Settings):
@@ -114,8 +76,8 @@ class Params(Settings):
     prepare: Prepare
     train: Train
     rank: Rank
-    attribute: Attribute
-    segment: Segment
+    attribute: AttributionMethod
+    segment: Segmenter
     exchange: Exchange
     critique: Critique
     judge: Judge
@@ -203,51 +165,78 @@ def load_params(path: Path) -> Params:
     return params
 
 
+def prompts_folder(prompts: Path, key: str, name: str) -> Path:
+    """The folder of prompts that a key of params names. Raises InputError where there is none."""
+    folder = prompts / name
+    if not folder.is_dir():
+        known = ", ".join(sorted(each.name for each in prompts.glob("*/"))) or "none"
+        raise InputError(
+            f"{key} = '{name}': no folder {folder} (there: {known}); name one of these, or copy prompts/generic to it"
+        )
+    return folder
+
+
 def _explain(error: ValidationError, section: type[Settings], place: str) -> str:
     """Say what the first error of a validation is, in one line that names the key and the remedy."""
     first = error.errors(include_url=False, include_context=True)[0]
-    unknown = first["type"] == "extra_forbidden"
-    keys, sections = _walk(section, first["loc"][:-1] if unknown else first["loc"])
-    keys += [str(first["loc"][-1])] if unknown else []
-    key = place + ".".join(keys) or "the file"
+    path, known = _place_of(section, first["loc"])
+    key = place + ".".join(path) or "the file"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if unknown:
-        known = sorted({field.alias or name for each in sections for name, field in each.model_fields.items()})
-        close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+    if first["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(path[-1], known, n=1)
         remedy = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(known)}"
         return f"unknown key '{key}'; {remedy}{more}"
+    if first["type"] == "union_tag_invalid":  # the key that says which of several kinds of section this is
+        tag = first["ctx"]["discriminator"].strip("'")
+        tags = [name.strip("'") for name in first["ctx"]["expected_tags"].split(", ")]
+        return f"'{key}.{tag}' = {first['ctx']['tag']!r}: expected one of {', '.join(tags)}{more}"
+    if first["type"] == "union_tag_not_found":
+        tag = first["ctx"]["discriminator"].strip("'")
+        return f"key '{key}.{tag}' is missing; add it (see presets/ for a complete file){more}"
     if first["type"] == "missing":
         return f"key '{key}' is missing; add it (see presets/ for a complete file){more}"
     message = first["msg"].removeprefix("Value error, ")
-    if isinstance(first["input"], dict):  # a whole section: what is wrong comes first, its content would bury it
+    # a whole section: its content would bury what is wrong; what stands in an endpoint may hold a secret
+    if isinstance(first["input"], dict) or not _NOT_SHOWN.isdisjoint(path):
         return f"'{key}': {message}{more}"
     return f"'{key}' = {first['input']!r}: {message[0].lower()}{message[1:]}{more}"
 
 
-def _walk(section: type[BaseModel], location: tuple[Any, ...]) -> tuple[list[str], list[type[BaseModel]]]:
-    """The keys of an error's place as they stand in the file, and the sections there: pydantic puts the names of a
-    union's members between them, which nobody has written."""
-    keys, sections = [], [section]
+_NOT_SHOWN = {"base_url", "api_key_variable", "extra_body"}
+
+
+def _place_of(section: type[Settings], location: tuple[Any, ...]) -> tuple[list[str], list[str]]:
+    """The keys that lead to a place, without the tag of a section that comes in kinds, and the keys known beside it."""
+    path: list[str] = []
+    beside: list[str] = []
+    kinds: list[Any] = [section]
+    tagged = False
     for part in location:
-        if len(sections) > 1 and any(_is_member(each, part) for each in sections):
-            sections = [each for each in sections if _is_member(each, part)]
+        if tagged:
+            tagged = False
+            kinds = [kind for kind in kinds if part in _names_of(kind)] or kinds
             continue
-        fields = [
-            field for each in sections for name, field in each.model_fields.items() if part in (name, field.alias)
-        ]
-        if fields:
-            sections = [inner for field in fields for inner in _sections_in(field.annotation)]
-        elif sections and isinstance(part, str):
-            continue
-        keys.append(str(part))
-    return keys, sections
+        path.append(str(part))
+        beside = sorted({name for kind in kinds for name in _keys_of(kind)})
+        found = [kind.model_fields[part].annotation for kind in kinds if part in kind.model_fields]
+        members = [inner for each in found for inner in _models_in(each)]
+        tagged = len(found) == 1 and len(members) > 1
+        kinds = members
+    return path, beside
 
 
-def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+def _names_of(model: Any) -> list[Any]:
+    """Values of the key that tells which kind of section this is, e.g. `prepare.dataset`."""
+    return [value for field in model.model_fields.values() for value in get_args(field.annotation)]
+
+
+def _keys_of(model: Any) -> list[str]:
+    if issubclass(model, Choice):
+        return model.known_keys()
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _models_in(annotation: Any) -> list[Any]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [inner for each in get_args(annotation) for inner in _sections_in(each)]
-
-
-def _is_member(section: type[BaseModel], tag: Any) -> bool:
-    return any(tag in get_args(field.annotation) for field in section.model_fields.values())
+    return [model for inner in get_args(annotation) for model in _models_in(inner)]

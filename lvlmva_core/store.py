@@ -1,12 +1,12 @@
 """A content-addressed store: what was paid for or computed once, by the digest of what it came from.
 
 Records are files `<kind>/<first two digits>/<key>.<suffix>` below one folder. They are put if absent and never changed,
-expired or evicted; several processes may share a store. POSIX only (hard links and flock).
+expired or evicted; several processes may share a store. POSIX only (hard links, and flock by the library filelock).
 """
 
+import asyncio
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -15,17 +15,23 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lvlmva_core.errors import InputError
 
+if TYPE_CHECKING:
+    from filelock import FileLock
+
 log = logging.getLogger(__name__)
 
+Record = dict[str, np.ndarray]  # what `Store.put_arrays` keeps under one key
+
 ARRAYS_SCHEMA = 1
+POLL_S = 0.05  # how often a lock is tried that another holds
 HYDRATED = "hydrated"  # folder of marks: which committed outputs the store has already taken in
 _KEY = re.compile(r"[0-9a-f]{64}")
 _KIND = re.compile(r"[a-z][a-z0-9_]*")
@@ -93,6 +99,10 @@ class Store:
             return self.path(kind, key, suffix).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except IsADirectoryError:
+            return b""  # in a record's place; no kind of record is empty, so that it is set aside
+        except OSError as error:
+            raise InputError(f"{self.path(kind, key, suffix)}: cannot be read ({error.strerror})") from error
 
     def put_bytes(self, kind: str, key: str, suffix: str, content: bytes, *, replace: bool = False) -> bool:
         """Write a record durably unless it is there already: temporary file, fsync, hard link. Says whether it was new.
@@ -125,6 +135,19 @@ class Store:
                 temporary.unlink(missing_ok=True)
         return True
 
+    def append(self, name: str, entry: Mapping[str, Any]) -> None:
+        """Append one line of JSON to a log in the store's folder, whole even where several processes write."""
+        path = self.root / name
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            try:
+                os.write(descriptor, canonical_json(entry) + b"\n")
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise _not_writable(path, error) from error
+
     def set_aside(self, kind: str, key: str, suffix: str, reason: str) -> None:
         """Rename a damaged record to `*.damaged`, say so, and forget which committed outputs were taken in.
 
@@ -150,48 +173,49 @@ class Store:
     @contextlib.contextmanager
     def lock(self, kind: str, key: str) -> Iterator[None]:
         """Hold the lock of a key against threads and processes; waits for it. A killed holder lets go of it."""
-        descriptor = None
-        while descriptor is None:
-            descriptor = self.acquire(kind, key, wait=True)
+        held = self._lock(kind, key, blocking=True)
+        assert held is not None
         try:
             yield
         finally:
-            self.release(kind, key, descriptor)
+            self._let_go(held)
 
-    def acquire(self, kind: str, key: str, *, wait: bool) -> int | None:
-        """Take the lock of a key once: a descriptor for `release`, or None where another holds it or just let go."""
-        path = self._lock_path(kind, key)
+    @contextlib.asynccontextmanager
+    async def lock_async(self, kind: str, key: str) -> AsyncIterator[None]:
+        """`lock` that leaves the event loop to others while it waits."""
+        while (held := self._lock(kind, key, blocking=False)) is None:
+            await asyncio.sleep(POLL_S)
+        try:
+            yield
+        finally:
+            self._let_go(held)
+
+    def _lock(self, kind: str, key: str, *, blocking: bool) -> "FileLock | None":
+        from filelock import FileLock, Timeout
+
+        self._folder(kind, key)
+        path = self.root / "locks" / f"{kind}-{key}"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            # a soft lock would outlive a killed holder
+            lock = FileLock(path, thread_local=False, poll_interval=POLL_S, fallback_to_soft=False)
+            lock.acquire(blocking=blocking)
+        except Timeout:
+            return None
         except OSError as error:
             raise _not_writable(path, error) from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            # the holder before us removed the file: a lock on a file without a name excludes nobody
-            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
-                return descriptor
-        except (BlockingIOError, FileNotFoundError):
-            pass
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
-        return None
+        return lock
 
-    def release(self, kind: str, key: str, descriptor: int) -> None:
-        """Let go of a lock that `acquire` gave."""
-        self._lock_path(kind, key).unlink(missing_ok=True)
-        os.close(descriptor)
+    @staticmethod
+    def _let_go(lock: "FileLock") -> None:
+        # while it is held: who waits for a file that has no name any more starts over (filelock looks)
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
     def _folder(self, kind: str, key: str) -> Path:
         if not _KIND.fullmatch(kind) or not _KEY.fullmatch(key):
             raise ValueError(f"not a kind and a key of 64 hex digits: {kind!r}, {key!r}")
         return self.root / kind / key[:2]
-
-    def _lock_path(self, kind: str, key: str) -> Path:
-        self._folder(kind, key)
-        return self.root / "locks" / f"{kind}-{key}"
 
 
 def _not_writable(path: Path, error: OSError) -> InputError:

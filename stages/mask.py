@@ -8,8 +8,8 @@ from lvlmva.entry import run
 from lvlmva.params import load_params
 from lvlmva_core.arrays import read_array, read_attrs, write_arrays, write_json
 from lvlmva_core.errors import InputError
-from lvlmva_core.lvlm.records import VERDICT_FIELDS, read_rows
-from lvlmva_core.masks import assemble_masks, read_overrides
+from lvlmva_core.lvlm.records import VerdictRow, read_rows
+from lvlmva_core.masks import assemble_masks, read_overrides, why_stale
 from lvlmva_core.regions import segmentation_digest
 
 
@@ -20,22 +20,22 @@ def mask(params: Path, segments: Path, verdicts: Path, overrides: Path, masks: P
     ids = list(attrs["ids"])
     digests = {sample: segmentation_digest(label_map) for sample, label_map in zip(ids, label_maps, strict=True)}
     given, failures, judges = {}, {}, set()
-    for row in read_rows(verdicts, VERDICT_FIELDS):
-        judges.add((row["critic"], row["judge"]))
-        if row["failure"] is not None:
-            failures[row["sample"]] = row["failure"]
+    for row in read_rows(verdicts, VerdictRow):
+        judges.add((row.critic, row.judge))
+        if row.failure is not None:
+            failures[row.sample] = row.failure
             continue
-        if row["segmentation"] != digests.get(row["sample"]):
+        if row.segmentation != digests.get(row.sample):
             raise InputError(
-                f"{verdicts}: the verdicts of '{row['sample']}' are of another segmentation; run `dvc repro critique`"
+                f"{verdicts}: the verdicts of '{row.sample}' are of another segmentation; run `dvc repro critique`"
             )
-        given[row["sample"]] = {entry["region"]: entry["verdict"] for entry in row["verdicts"]}
+        given[row.sample] = row.by_region()
     no_region = {s: status for s, status in zip(ids, attrs["status"], strict=True) if status != "ok" and s not in given}
     result = assemble_masks(ids, label_maps, given, {**no_region, **failures}, read_overrides(overrides))
     for override in result.stale:
         typer.echo(
-            f"stale override: {overrides}: region {override.region} of '{override.sample}' is of another segmentation; "
-            "review it again or delete the row",
+            f"stale override: {overrides}: region {override.region} of '{override.sample}': "
+            f"{why_stale(override, digests)}; review it again or delete the row",
             err=True,
         )
     if len(result.left_out) > config.max_failed_share * len(ids):

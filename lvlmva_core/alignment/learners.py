@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lvlmva_core.adam import Adam
-from lvlmva_core.alignment.penalties import PENALTIES
 from lvlmva_core.alignment.stacked_mlp import StackedMlp
 from lvlmva_core.models import predict_logits
+from lvlmva_core.penalties import penalty_of
 
 if TYPE_CHECKING:
     from lvlmva_core.align_settings import AlignSettings
@@ -94,7 +94,7 @@ class Single:
 
     def _penalty(self, images: Tensor, chosen: Tensor) -> Tensor:
         labels = self.data.alignment_labels[chosen]
-        return PENALTIES[self.settings.penalty](self.model, images, self.masks[chosen], labels)
+        return penalty_of(self.settings.penalty).measure(self.model, images, self.masks[chosen], labels)
 
     def logits(self, images: Tensor) -> Tensor:
         self.model.eval()

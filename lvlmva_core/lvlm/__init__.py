@@ -2,5 +2,3 @@
 
 Nothing here imports torch.
 """
-
-STAND_INS = ("rules", "oracle", "replay")  # none of them is a vision-language model

@@ -1,15 +1,12 @@
 """Asking a model over HTTP: every answer from the store if it is there, else bought within a budget and kept.
 
-The openai client speaks the protocol; what it leaves open is done here: a limit on the whole of an answer's time,
-bodies that are no JSON or an error under status 200, waits that a server asks for, and what is worth asking again.
+The openai client speaks the protocol; what it leaves open is done here: a limit on the whole of an answer's time, what
+is worth asking again, waits that a server asks for, and which failures concern one call and which all of them.
 """
 
 import asyncio
-import email.utils
-import ipaddress
-import json
+import contextlib
 import logging
-import math
 import random
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -18,20 +15,31 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from lvlmva_core.errors import InputError
-from lvlmva_core.lvlm.calls import KIND, Call, CallStore, Record, make_record
-from lvlmva_core.lvlm.settings import Endpoint
-from lvlmva_core.store import canonical_json
+from lvlmva_core.lvlm.budget import Budget, Spent, estimate_input_tokens
+from lvlmva_core.lvlm.calls import KIND, Call, CallStore, Record, answer_text, make_record, said, why_unusable
+from lvlmva_core.lvlm.redact import printable, remove_secret
+from lvlmva_core.lvlm.replies import (
+    FILTERED,
+    NO_CAPACITY,
+    NO_CREDIT,
+    UnreadableError,
+    asked_wait_s,
+    check_response,
+    error_of,
+    hint_for,
+    read_json,
+)
+from lvlmva_core.lvlm.settings import TRANSPORT, Endpoint, is_loopback_url
 
 T = TypeVar("T")
 S = TypeVar("S")
 
-FINISHED = ("stop", "end_turn", "eos", None)  # what servers call an answer that is complete
 FIRST_WAIT_S = 0.5
 LONGEST_BACKOFF_S = 30.0
-POLL_S = 0.05
-CHARACTERS_PER_TOKEN = 4  # of English prose; for estimates only
+DOUBTS_BEFORE = 3  # calls that fail in a way that may concern all, before any succeeded: then the run ends
+DOUBTS_AFTER = 10  # the same in a row, once some succeeded
+_LONG_WAIT_S = 1e6
 _NO_KEY = "none"
-_USAGE = ("prompt_tokens", "completion_tokens")
 _HEADERS_SENT = {
     "host",
     "accept",
@@ -49,8 +57,13 @@ class CallFailedError(Exception):
     """One call has no usable answer; the others go on. The message is the reason that is recorded."""
 
 
-class BudgetSpentError(InputError):
-    """The next call would go over max_calls or max_cost_usd; what was bought is kept."""
+class UnusableAnswerError(CallFailedError):
+    """An answer was paid and is none. text: what it said. bought: in this run, else it came from the store."""
+
+    def __init__(self, reason: str, text: str, *, bought: bool) -> None:
+        super().__init__(reason)
+        self.text = text
+        self.bought = bought
 
 
 class NotInStoreError(Exception):
@@ -58,17 +71,33 @@ class NotInStoreError(Exception):
 
 
 class _AgainError(Exception):
-    """An attempt failed in a way that may pass. wait_s: how long the server asks to wait, if it says so."""
+    """An attempt failed in a way that may pass.
 
-    def __init__(self, reason: str, *, wait_s: float | None = None, unreachable: bool = False) -> None:
+    wait_s: how long the server asks to wait, if it says so. doubt: what it means if it concerns all calls. no_capacity:
+    the tier asked for has none.
+    """
+
+    def __init__(
+        self, reason: str, *, wait_s: float | None = None, doubt: str | None = None, no_capacity: bool = False
+    ) -> None:
         super().__init__(reason)
         self.wait_s = wait_s
-        self.unreachable = unreachable
+        self.doubt = doubt
+        self.no_capacity = no_capacity
+
+
+class _DoubtError(Exception):
+    """The server refused a request: of this call, or of all. The message is for the case that it is of all."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 def sampling_parameters(endpoint: Endpoint) -> dict[str, Any]:
-    """The fields of a request's body besides model and messages. What is null in params is not sent."""
-    parameters: dict[str, Any] = {endpoint.token_limit_name: endpoint.token_limit, **endpoint.extra_body}
+    """The fields of a request's body besides model, messages and transport. What is null in params is not sent."""
+    extra = {name: value for name, value in endpoint.extra_body.items() if name not in TRANSPORT}
+    parameters: dict[str, Any] = {endpoint.token_limit_name: endpoint.token_limit, **extra}
     if endpoint.temperature is not None:
         parameters["temperature"] = endpoint.temperature
     if endpoint.seed is not None:
@@ -76,9 +105,14 @@ def sampling_parameters(endpoint: Endpoint) -> dict[str, Any]:
     return parameters
 
 
-def model_name(endpoint: Endpoint | None) -> str:
+def transport_parameters(endpoint: Endpoint) -> dict[str, Any]:
+    """The fields of a request's body that change price or transport, and not what is asked."""
+    own = {} if endpoint.service_tier is None else {"service_tier": endpoint.service_tier}
+    return {**{name: value for name, value in endpoint.extra_body.items() if name in TRANSPORT}, **own}
+
+
+def model_name(endpoint: Endpoint) -> str:
     """What records call the model: its name and revision."""
-    assert endpoint is not None
     return f"{endpoint.model} ({endpoint.revision})"
 
 
@@ -90,21 +124,15 @@ def host_of(endpoint: Endpoint) -> str:
 
 def is_loopback(endpoint: Endpoint) -> bool:
     """Whether the endpoint is on this machine, by name or address."""
-    host = urlsplit(endpoint.base_url).hostname or ""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return is_loopback_url(endpoint.base_url)
 
 
 def check_endpoint(endpoint: Endpoint, environment: Mapping[str, str], *, pictures: bool) -> str:
     """Check what can be checked before anything is sent, and look up the API key ("" where none is needed).
 
     Raises:
-        InputError: the variable is not set, pictures would leave the machine without `allow_upload`, or a key would
-            travel unencrypted.
+        InputError: the variable is not set or holds no key, pictures would leave the machine without `allow_upload`,
+            or a key would travel unencrypted.
     """
     host = host_of(endpoint)
     if pictures and not endpoint.allow_upload and not is_loopback(endpoint):
@@ -121,42 +149,12 @@ def check_endpoint(endpoint: Endpoint, environment: Mapping[str, str], *, pictur
         raise InputError(
             f"the environment variable {endpoint.api_key_variable} is not set; export it with your API key"
         )
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise InputError(
+            f"the environment variable {endpoint.api_key_variable} holds a character that no API key has (a blank, a "
+            "line break, a letter beyond ASCII); copy the key again"
+        )
     return key
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a run would take: calls in the store, calls to buy, and the tokens and cost of these at most."""
-
-    hits: int
-    new_calls: int
-    input_tokens: int
-    output_tokens_at_most: int
-    cost_usd_at_most: float
-
-
-def estimate_calls(endpoint: Endpoint, *, hits: int, tokens: Sequence[int]) -> Estimate:
-    """Sum up. tokens: estimated input tokens of each call to buy."""
-    most = len(tokens) * endpoint.token_limit
-    return Estimate(hits, len(tokens), sum(tokens), most, cost_usd(endpoint, sum(tokens), most))
-
-
-def estimate_input_tokens(call: Call) -> int:
-    """Roughly the tokens of what is sent: four characters a token; a picture 85, and 170 per 512-pixel tile unless
-    its detail is low (how OpenAI counts for GPT-4o; other models differ)."""
-    tokens = math.ceil(call.text_size() / CHARACTERS_PER_TOKEN)
-    for picture in call.pictures():
-        height, width = picture.pixels.shape[:2]
-        tiles = math.ceil(height / 512) * math.ceil(width / 512)
-        tokens += 85 if picture.detail == "low" else 85 + 170 * tiles
-    return tokens
-
-
-def cost_usd(endpoint: Endpoint, input_tokens: int, output_tokens: int) -> float:
-    """Cost at the prices in params, US dollars."""
-    return (
-        input_tokens * endpoint.usd_per_million_input_tokens + output_tokens * endpoint.usd_per_million_output_tokens
-    ) / 1e6
 
 
 def backoff_s(attempt: int, asked_s: float | None, chance: float) -> float:
@@ -171,25 +169,22 @@ def backoff_s(attempt: int, asked_s: float | None, chance: float) -> float:
     return own if asked_s is None else asked_s + own * 0.1
 
 
-@dataclass
-class Spent:
-    """What was bought in this run."""
-
-    calls: int = 0
-    hits: int = 0
-    attempts: int = 0
-    input_tokens: int = 0
-    output_tokens: int = 0
-    cost_usd: float = 0.0
+def _anything(text: str) -> str | None:
+    return None
 
 
 @dataclass(frozen=True)
 class Question:
-    """A call that is built only when it has to be sent. sample: whom it is about, for messages and local records."""
+    """A call that is built only when it has to be sent.
 
-    key: str
+    keys: of the call, its own first (`Call.keys`). sample: whom it is about, for messages and local records.
+    why_not: why a text is no answer to this question, or None.
+    """
+
+    keys: Sequence[str]
     build: Callable[[], Call]
     sample: str
+    why_not: Callable[[str], str | None] = _anything
 
 
 @dataclass
@@ -199,7 +194,7 @@ class Client:
     section: of params.yaml, for messages ("critique.endpoint").
     prepare: called once, before the first call that the store lacks; may fill the store, says the API key ("" where
         none is needed), or raises InputError where nothing may be sent.
-    replay: never send.
+    replay: never send. save: keeps a record that was paid where the store cannot be written; says where.
     """
 
     endpoint: Endpoint
@@ -207,13 +202,22 @@ class Client:
     calls: CallStore
     prepare: Callable[[], str]
     replay: bool
-    spent: Spent = field(default_factory=Spent)
+    save: Callable[[Record], str]
+    doubts: list[InputError] = field(default_factory=list)
+    succeeded: int = 0
     _prepared: bool = False
     _api_key: str = ""
     _openai: Any = None
-    _under_way: int = 0
-    _reserved_usd: float = 0.0
     _resume_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.budget = Budget(self.endpoint, self.section)
+        self._random = random.Random()
+
+    @property
+    def spent(self) -> Spent:
+        """What was bought so far."""
+        return self.budget.spent
 
     async def __aenter__(self) -> "Client":
         return self
@@ -221,6 +225,38 @@ class Client:
     async def __aexit__(self, *_: object) -> None:
         if self._openai is not None:
             await self._openai.close()
+
+    async def ask(self, question: Question) -> Record:
+        """The record of a call: from the store, else bought and kept before it is returned.
+
+        Raises:
+            NotInStoreError: in replay. CallFailedError: there is no usable answer (UnusableAnswerError: it was paid).
+            InputError: nothing can be bought with these params; BudgetSpentError: or not any more.
+        """
+        record = self._stored(question)
+        if record is None:
+            self._prepare_once()
+            if not self.replay:
+                return await self._buy_alone(question)
+            record = self._stored(question)
+        if record is None:
+            raise NotInStoreError(question.sample)
+        self.spent.hits += 1
+        return record
+
+    def _stored(self, question: Question) -> Record | None:
+        record = self.calls.find(question.keys)
+        if record is not None:
+            reason = question.why_not(answer_text(record))
+            if reason is not None:
+                raise UnusableAnswerError(reason, answer_text(record), bought=False)
+            return record
+        unusable = self.calls.find_unusable(question.keys)
+        if unusable is not None:
+            text = said(unusable["response"])
+            reason = why_unusable(unusable["response"]) or question.why_not(text)
+            raise UnusableAnswerError(reason or "unusable", text, bought=False)
+        return None
 
     def _prepare_once(self) -> None:
         if not self._prepared:
@@ -240,7 +276,7 @@ class Client:
             limits=limits,
             timeout=httpx2.Timeout(self.endpoint.timeout_s),
             trust_env=not is_loopback(self.endpoint),
-            event_hooks={"request": [self._only_our_headers]},
+            event_hooks={"request": [self._only_our_headers], "response": [_as_utf8]},
         )
         self._openai = openai.AsyncOpenAI(
             api_key=self._api_key or _NO_KEY,
@@ -248,7 +284,6 @@ class Client:
             max_retries=0,
             http_client=http,
         )
-        self._random = random.Random()
 
     async def _only_our_headers(self, request: Any) -> None:
         # the openai client adds headers from the environment and facts about this machine
@@ -257,132 +292,119 @@ class Client:
                 del request.headers[name]
         request.headers["authorization"] = f"Bearer {self._api_key or _NO_KEY}"
 
-    async def ask(self, question: Question) -> Record:
-        """The record of a call: from the store, else bought and kept before it is returned.
-
-        Raises:
-            NotInStoreError: in replay. CallFailedError: there is no usable answer.
-            InputError: nothing can be bought with these params; BudgetSpentError: or not any more.
-        """
-        key = question.key
-        record = self.calls.get(key)
-        if record is None:
-            self._prepare_once()
-            if not self.replay:
-                return await self._buy_alone(question)
-            record = self.calls.get(key)
-        if record is None:
-            raise NotInStoreError(question.sample)
-        self.spent.hits += 1
-        return record
-
     async def _buy_alone(self, question: Question) -> Record:
         """Buy under the key's lock, unless the answer came into the store meanwhile."""
-        key = question.key
-        descriptor = self.calls.store.acquire(KIND, key, wait=False)
-        while descriptor is None:
-            await asyncio.sleep(POLL_S)
-            descriptor = self.calls.store.acquire(KIND, key, wait=False)
-        try:
-            record = self.calls.get(key)
+        async with self.calls.store.lock_async(KIND, question.keys[0]):
+            record = self._stored(question)
             if record is not None:
                 self.spent.hits += 1
                 return record
             if self._openai is None:
                 self._connect()
-            return await self._buy(question.build(), key, question.sample)
-        finally:
-            self.calls.store.release(KIND, key, descriptor)
+            return await self._buy(question)
 
-    async def _buy(self, call: Call, key: str, sample: str) -> Record:
-        tokens = estimate_input_tokens(call)
-        worst = cost_usd(self.endpoint, tokens, self.endpoint.token_limit)
-        await self._wait_for_budget(worst)
-        self.spent.calls += 1
-        self._under_way += 1
-        self._reserved_usd += worst
+    async def _buy(self, question: Question) -> Record:
+        call, key = question.build(), question.keys[0]
+        noted = {"key": key, "model": call.model, "sample": question.sample}
         try:
-            response, attempts = await self._attempt_repeatedly(call.body())
-            self._book(response.get("usage"), tokens)
-            reason = why_unusable(response)
-            meta = {
-                "created": int(time.time()),
-                "endpoint": host_of(self.endpoint),
-                "attempts": attempts,
-                "sample": sample,
-                "section": self.section,
-            }
-            if reason is not None:
-                failure = {**meta, "key": key, "model": call.model, "reason": reason, "response": response}
-                self.calls.note_failure(failure)
-                raise CallFailedError(reason)
-            record = make_record(call, response)
-            await asyncio.shield(asyncio.to_thread(self.calls.put, record, meta))
-            return record
+            response, bought = await self._attempt_repeatedly(call)
+        except _DoubtError as error:
+            self.calls.note_failure({**noted, "reason": error.reason})
+            raise self._doubt(str(error), error.reason) from None
         except _AgainError as error:
             reason = f"{error} ({1 + self.endpoint.retries} attempts)"
-            self.calls.note_failure({"key": key, "model": call.model, "sample": sample, "reason": reason})
-            if error.unreachable:
-                raise InputError(f"{host_of(self.endpoint)}: {reason}; see {self.section}.base_url") from None
+            self.calls.note_failure({**noted, "reason": reason})
+            if error.doubt is not None:
+                raise self._doubt(f"{host_of(self.endpoint)}: {reason}; {error.doubt}", reason) from None
             raise CallFailedError(reason) from None
-        finally:
-            self._under_way -= 1
-            self._reserved_usd = self._reserved_usd - worst if self._under_way else 0.0
+        except CallFailedError as error:
+            self.calls.note_failure({**noted, "reason": str(error)})
+            raise
+        self._succeed(response, call)
+        meta = {
+            "created": int(time.time()),
+            "endpoint": host_of(self.endpoint),
+            "sample": question.sample,
+            "section": self.section,
+            **bought,
+        }
+        record = make_record(call, response)
+        reason_not = why_unusable(response) or question.why_not(said(response))
+        await asyncio.shield(asyncio.to_thread(self._keep, record, meta, reason_not is None))
+        if reason_not is not None:
+            self.calls.note_failure({**noted, "reason": reason_not})
+            raise UnusableAnswerError(reason_not, said(response), bought=True)
+        return record
 
-    async def _wait_for_budget(self, worst: float) -> None:
-        """Let a call start only if the budget holds even where all calls under way cost what they may at most."""
-        limits = self.endpoint
-        while self._under_way and self.spent.cost_usd + self._reserved_usd + worst > limits.max_cost_usd:
-            await asyncio.sleep(POLL_S)
-        if self.spent.calls >= limits.max_calls:
-            self._stop(f"max_calls = {limits.max_calls}", "max_calls")
-        if self.spent.cost_usd + worst > limits.max_cost_usd:
-            self._stop(f"the next call may go beyond max_cost_usd = {limits.max_cost_usd}", "max_cost_usd")
+    def _keep(self, record: Record, meta: Mapping[str, Any], usable: bool) -> None:
+        try:
+            if usable:
+                self.calls.put(record, meta)
+            else:
+                self.calls.put_unusable(record, meta)
+        except InputError as error:
+            place = self.save(record)
+            raise InputError(f"{error}; answers that were paid are kept in {place}: `lvlmva calls import` it") from None
 
-    def _stop(self, reason: str, name: str) -> None:
-        raise BudgetSpentError(
-            f"stopped after {self.spent.calls} new calls and {self.spent.cost_usd:.4f} USD: {reason}; all answers are "
-            f"kept; raise {self.section}.{name} and repeat the command to go on"
-        )
+    def _succeed(self, response: Mapping[str, Any], call: Call) -> None:
+        self.succeeded += 1
+        self.doubts.clear()
+        served = response.get("model")
+        if isinstance(served, str) and not _same_model(call.model, served):
+            self.spent.served[printable(served)[:80]] += 1
 
-    def _book(self, usage: Any, estimated_tokens: int) -> None:
-        """Add what an answer took; where the server does not say, as much as it may have been."""
-        counted = [usage.get(name) if isinstance(usage, dict) else None for name in _USAGE]
-        assumed = (estimated_tokens, self.endpoint.token_limit)
-        inputs, outputs = (
-            n if isinstance(n, int) and n >= 0 else most for n, most in zip(counted, assumed, strict=True)
-        )
-        self.spent.input_tokens += inputs
-        self.spent.output_tokens += outputs
-        self.spent.cost_usd += cost_usd(self.endpoint, inputs, outputs)
+    def _doubt(self, message: str, reason: str) -> Exception:
+        """A refusal: of this call where others succeed, of the run where none does, or none any more."""
+        self.doubts.append(InputError(message))
+        if len(self.doubts) >= (DOUBTS_AFTER if self.succeeded else DOUBTS_BEFORE):
+            return self.doubts[0]
+        return CallFailedError(reason)
 
-    async def _attempt_repeatedly(self, body: dict[str, Any]) -> tuple[dict[str, Any], int]:
-        """A response, and how many attempts it took."""
-        failures = 0
+    async def _attempt_repeatedly(self, call: Call) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A response, and how it was bought: the attempts it took, the tier that was asked for."""
+        tokens, body = estimate_input_tokens(call), call.body()
+        failures = waits = 0
+        waited_s = 0.0
         while True:
             await self._wait_until_resumed()
+            ticket = await self.budget.start(tokens)
             self.spent.attempts += 1
             try:
-                return await self._attempt(body), failures + 1
+                response = await self._attempt(body, ticket, tokens)
+                tier = {"service_tier": body["service_tier"]} if "service_tier" in body else {}
+                return response, {"attempts": failures + waits + 1, **tier}
             except _AgainError as error:
-                failures += 1
                 if error.wait_s is not None and error.wait_s > self.endpoint.max_wait_s:
+                    seconds = f"{error.wait_s:.0f} s" if error.wait_s < _LONG_WAIT_S else "more than a week"
                     raise InputError(
-                        f"{host_of(self.endpoint)} asks to wait {error.wait_s:.0f} s, longer than {self.section}."
+                        f"{host_of(self.endpoint)} asks to wait {seconds}, longer than {self.section}."
                         f"max_wait_s = {self.endpoint.max_wait_s:.0f}; all answers are kept; repeat the command later"
                     ) from None
+                if error.no_capacity and self.endpoint.without_capacity == "standard":
+                    body = {**body, "service_tier": "default"}
+                    self.spent.other_tier += 1
+                    continue
+                if error.no_capacity and waited_s < self.endpoint.max_wait_s:
+                    waits += 1  # the tier is cheap because it waits; this is no failure
+                else:
+                    failures += 1
                 if failures > self.endpoint.retries:
                     raise
-                if error.wait_s is not None:  # a rate limit holds for all calls, not for this one
+                if error.wait_s is not None and not error.no_capacity:
+                    # a rate limit holds for all calls, not for this one
                     self._resume_at = max(self._resume_at, time.monotonic() + error.wait_s)
-                await asyncio.sleep(backoff_s(failures, error.wait_s, self._random.random()))
+                pause = backoff_s(failures + waits, error.wait_s, self._random.random())
+                waited_s += pause
+                await asyncio.sleep(pause)
+            finally:
+                self.budget.release(ticket)
 
     async def _wait_until_resumed(self) -> None:
         while (pause := self._resume_at - time.monotonic()) > 0:
             await asyncio.sleep(pause)
 
-    async def _attempt(self, body: dict[str, Any]) -> dict[str, Any]:
-        """One request. Raises _AgainError, CallFailedError or InputError, none of which holds the API key."""
+    async def _attempt(self, body: dict[str, Any], ticket: int, tokens: int) -> dict[str, Any]:
+        """One request, booked before it is read. What it raises never holds the API key."""
         import httpx2
         import openai
 
@@ -391,113 +413,96 @@ class Client:
             async with asyncio.timeout(self.endpoint.timeout_s):
                 # as `chat.completions.create` does it, but for the raw response and without a walk over the pictures
                 answer = await self._openai.post("/chat/completions", body=body, cast_to=httpx2.Response)
+            status, content, headers = answer.status_code, answer.content, answer.headers
         except (TimeoutError, openai.APITimeoutError):
+            self.budget.book(ticket, None, tokens, answered=False)
             raise _AgainError(f"no answer within timeout_s = {self.endpoint.timeout_s:g}") from None
         except openai.APIStatusError as error:
-            raise self._classify(error.status_code, error.response.text, error.response.headers) from None
+            status, content, headers = error.status_code, error.response.content, error.response.headers
         except openai.APIConnectionError as error:
+            cause = error.__cause__ or error
+            if not isinstance(cause, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.UnsupportedProtocol):
+                self.budget.book(ticket, None, tokens, answered=False)  # it was sent, and may be charged
             raise _AgainError(
-                f"no connection ({self._safe(str(error.__cause__ or error))})", unreachable=True
+                f"no connection ({self._safe(str(cause) or type(cause).__name__)})",
+                doubt=f"see {self.section}.base_url",
             ) from None
-        if answer.status_code != 200:
-            raise self._classify(answer.status_code, answer.text, answer.headers)
-        return self._parse(answer.text)
+        if not 200 <= status < 300:
+            raise self._classify(status, content, headers)
+        return self._read(status, content, ticket, tokens)
 
-    def _parse(self, text: str) -> dict[str, Any]:
-        """A response under status 200, with the API key removed wherever the server put it."""
+    def _read(self, status: int, content: bytes, ticket: int, tokens: int) -> dict[str, Any]:
+        response: Any = None
         try:
-            response = json.loads(self._remove_key(text))
-            canonical_json(response)  # what cannot be kept (NaN, half of a character) is no answer
-        except (ValueError, RecursionError):
-            if text.lstrip()[:1] == "<":
-                raise _AgainError(
-                    "a web page came back instead of JSON; is the path of base_url right?", unreachable=True
-                ) from None
-            raise _AgainError("the answer is no JSON, or was cut off") from None
-        if not isinstance(response, dict):
-            raise _AgainError("the answer is no JSON object")
-        if response.get("error"):
-            raise self._classify(200, text, {})
-        choices = response.get("choices")
-        if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-            raise _AgainError("the answer has no choices")
-        if not isinstance(choices[0].get("message"), dict):
-            raise _AgainError("the answer has no message")
-        return response
+            response = remove_secret(read_json(content), self._api_key)
+            if isinstance(response, dict) and response.get("error"):
+                raise self._classify(status, content, {})
+            return check_response(response)
+        except UnreadableError as error:
+            self.spent.unreadable += 1
+            doubt = "is the path of base_url right?" if error.web_page else None
+            raise _AgainError(str(error), doubt=doubt) from None
+        finally:
+            self.budget.book(ticket, response, tokens)
 
-    def _classify(self, status: int, text: str, headers: Mapping[str, str]) -> Exception:
-        """What an error of the server means: try again, this call only, or the whole run."""
-        message, code = _error_of(text)
-        said = self._safe(message) or f"HTTP {status}"
-        host = host_of(self.endpoint)
-        where = self.section
+    def _classify(self, status: int, content: bytes, headers: Mapping[str, str]) -> Exception:
+        """What an error of the server means: try again, this call only, the whole run, or one of the two."""
+        body = None
+        with contextlib.suppress(UnreadableError):
+            body = remove_secret(read_json(content), self._api_key)
+        # before anything is cut: half of a key would not be found
+        text = remove_secret(content.decode("utf-8", "replace"), self._api_key)
+        message, code = error_of(body, text)
+        told = self._safe(message)
+        shown = told if told.startswith(f"HTTP {status}") else f"HTTP {status}: {told}" if told else f"HTTP {status}"
+        host, where = host_of(self.endpoint), self.section
         if 300 <= status < 400:
             return InputError(f"{host} redirects to another address; set {where}.base_url to the final one")
-        if code == "insufficient_quota" or status == 402:
-            return InputError(f"{host}: the account has no credit left ({said}); all answers are kept; top it up")
-        if code in ("content_filter", "content_policy_violation"):
-            return CallFailedError(f"refused by the server's content filter ({said})")
-        if status in (408, 409, 429) or status >= 500 or status == 200:
-            return _AgainError(f"HTTP {status}: {said}", wait_s=_asked_wait_s(headers, time.time()))
+        if code in NO_CREDIT or status == 402:
+            return InputError(f"{host}: the account has no credit left ({shown}); all answers are kept; top it up")
+        if code in FILTERED:
+            return CallFailedError(f"refused by the server's content filter ({shown})")
+        if status in (408, 409, 425, 429) or status >= 500 or 200 <= status < 300:
+            capacity = status == 429 and self.endpoint.service_tier == "flex" and _lacks_capacity(message, code)
+            return _AgainError(shown, wait_s=asked_wait_s(headers, time.time()), no_capacity=capacity)
         if status in (401, 403):
-            return InputError(
-                f"{host} refuses the API key ({said}); see the variable {self.endpoint.api_key_variable} and "
+            meaning = (
+                f"{host} refuses the API key ({shown}); see the variable {self.endpoint.api_key_variable} and "
                 f"{where}.api_key_variable"
             )
-        if status == 404:
-            return InputError(
-                f"{host} knows no model '{self.endpoint.model}' at this path ({said}); see {where}.model and "
+        elif status == 404:
+            meaning = (
+                f"{host} knows no model '{self.endpoint.model}' at this path ({shown}); see {where}.model and "
                 f"{where}.base_url"
             )
-        low = message.lower()
-        hint = f"see {where}"
-        if "response_format" in low or "json_schema" in low or "schema" in low:
-            hint = "set judge.answer_format: prompt to ask for JSON in words only"
-        elif "image" in low or "vision" in low or "multimodal" in low:
-            hint = f"this model seems to take no pictures; choose another {where}.model"
-        elif "max_tokens" in low or "max_completion_tokens" in low:
-            hint = f"set {where}.token_limit_name to the other name"
-        elif "temperature" in low:
-            hint = f"set {where}.temperature: null"
-        return InputError(f"{host} refuses the request (HTTP {status}: {said}); {hint}")
-
-    def _remove_key(self, text: str) -> str:
-        if not self._api_key:
-            return text
-        for form in {
-            self._api_key,
-            json.dumps(self._api_key)[1:-1],
-            json.dumps(self._api_key)[1:-1].replace("/", "\\/"),
-        }:
-            text = text.replace(form, "[API key removed]")
-        return text
+        else:
+            meaning = f"{host} refuses the request ({shown}); {hint_for(message, where)}"
+        return _DoubtError(meaning, f"the server refused the request ({shown})")
 
     def _safe(self, text: str) -> str:
-        return " ".join(self._remove_key(text).split())[:300]
+        return printable(" ".join(str(remove_secret(text, self._api_key)).split()))[:300]
 
 
-def why_unusable(response: Mapping[str, Any]) -> str | None:
-    """Why an answer is not served as one, or None: a refusal, a filter, the token limit, or no text."""
-    choice = response["choices"][0]
-    message, finish = choice["message"], choice.get("finish_reason")
-    if message.get("refusal"):
-        return "the model refused"
-    if finish == "length":
-        return "cut off at the token limit; raise token_limit"
-    if finish == "content_filter":
-        return "stopped by the content filter"
-    if finish not in FINISHED:
-        return f"finish reason '{finish}'"
-    content = message.get("content")
-    if not isinstance(content, str) or not content.strip():
-        return "empty answer"
-    return None
+async def _as_utf8(response: Any) -> None:
+    # a charset that is none (hex, idna) would break the client where it reads an error's text
+    response.encoding = "utf-8"
+
+
+def _lacks_capacity(message: str, code: str) -> bool:
+    low = message.lower()
+    return code == NO_CAPACITY or "resource unavailable" in low or "capacity" in low
+
+
+def _same_model(asked: str, served: str) -> bool:
+    """Whether a server's name for the model is the one asked for, with a date, a folder or a suffix more or less."""
+    one, other = (name.lower().rpartition("/")[2].removesuffix(".gguf") for name in (asked, served))
+    return one.startswith(other) or other.startswith(one)
 
 
 async def map_calls(
     items: Sequence[T], work: Callable[[T], Awaitable[S]], concurrency: int, done: Callable[[], None]
-) -> tuple[list[S | None], InputError | None]:
-    """Run `work` over items, at most `concurrency` at once; the first InputError ends the run.
+) -> tuple[list[S | None], Exception | None]:
+    """Run `work` over items, at most `concurrency` at once; the first error ends the run.
 
     Work that is under way then is finished, since it may be paid for already.
 
@@ -509,7 +514,7 @@ async def map_calls(
     """
     results: list[S | None] = [None] * len(items)
     waiting = iter(range(len(items)))
-    stopped: list[InputError] = []
+    stopped: list[Exception] = []
 
     async def worker() -> None:
         for place in waiting:
@@ -517,7 +522,7 @@ async def map_calls(
                 return
             try:
                 results[place] = await work(items[place])
-            except InputError as error:
+            except Exception as error:  # noqa: BLE001 - raised by the caller, once the others have kept what they paid
                 stopped.append(error)
                 return
             done()
@@ -526,29 +531,3 @@ async def map_calls(
         for _ in range(min(concurrency, len(items))):
             group.create_task(worker())
     return results, stopped[0] if stopped else None
-
-
-def _error_of(text: str) -> tuple[str, str]:
-    """Message and code of an error body in OpenAI's form, or the text itself."""
-    try:
-        body = json.loads(text)
-    except (ValueError, RecursionError):
-        return ("" if text.lstrip()[:1] == "<" else text[:500]), ""
-    error = body.get("error", body) if isinstance(body, dict) else body
-    if not isinstance(error, dict):
-        return str(error)[:500], ""
-    return str(error.get("message", ""))[:500], str(error.get("code") or error.get("type") or "")
-
-
-def _asked_wait_s(headers: Mapping[str, str], now: float) -> float | None:
-    """Seconds that a server asks to wait: retry-after-ms, or retry-after as seconds or a date."""
-    for name, scale in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
-        value = headers.get(name, "")
-        try:
-            seconds = float(value) * scale
-        except ValueError:
-            date = email.utils.parsedate_tz(value) if value else None
-            seconds = email.utils.mktime_tz(date) - now if date else math.nan
-        if math.isfinite(seconds):
-            return max(0.0, seconds)
-    return None

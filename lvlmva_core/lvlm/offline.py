@@ -1,17 +1,73 @@
-"""Stand-ins for a vision-language model that need no network: two critics, and the judge that reads their prose.
+"""Stand-ins for a vision-language model that need no network: critics, and the judge that reads their prose.
 
-Each is named for what it is, in every record; none of them is an LVLM. The third stand-in, replay, is the model's own
-path kept from sending (`lvlmva_core.lvlm.client`).
+Each is named for what it is, in every record; none of them is an LVLM. A stand-in is a function with one line above it:
+`@critic("name")` makes it a value of critique.critic, `@judge("name")` one of judge.judge. One more, replay, is the
+model's own path kept from sending (`lvlmva_core.lvlm.client`).
 """
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from lvlmva_core.regions import ON_OBJECT, overlaps, regions_present
+from lvlmva_core.errors import InputError
+from lvlmva_core.lvlm.cases import Case
+from lvlmva_core.lvlm.settings import OracleCritic
+from lvlmva_core.regions import ON_OBJECT, Overlap, overlaps, regions_present
 from lvlmva_core.render import COLOUR_NAMES
+
+REPLAY = "replay"
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """A critic without a model.
+
+    criticise: (case, settings of the section) -> prose whose last line is "Verdicts: red - yes; blue - no" with each
+    region of the case once. knows_truth: whether the case has to hold attribution and true masks. told: (case,
+    settings) -> what the record says of how it was set; {} unless it has settings of its own.
+    """
+
+    criticise: Callable[[Case, Any], str]
+    knows_truth: bool
+    told: Callable[[Case, Any], dict[str, Any]]
+
+
+CRITICS: dict[str, StandIn] = {}
+JUDGES: dict[str, Callable[[str, list[int]], dict[int, str]]] = {}
+
+
+def is_stand_in(name: str) -> bool:
+    """Whether a critic or judge, as records name it, is none of the models."""
+    return name in CRITICS or name in JUDGES or name == REPLAY
+
+
+def critic(
+    name: str, *, knows_truth: bool = False, told: Callable[[Case, Any], dict[str, Any]] = lambda case, settings: {}
+) -> Callable[[Callable[[Case, Any], str]], Callable[[Case, Any], str]]:
+    """Enter a stand-in under a name."""
+
+    def enter(criticise: Callable[[Case, Any], str]) -> Callable[[Case, Any], str]:
+        CRITICS[name] = StandIn(criticise, knows_truth, told)
+        return criticise
+
+    return enter
+
+
+def judge(
+    name: str,
+) -> Callable[[Callable[[str, list[int]], dict[int, str]]], Callable[[str, list[int]], dict[int, str]]]:
+    """Enter a reader of the stand-ins' prose under a name: (critique, regions) -> region -> "yes" | "no"."""
+
+    def enter(read: Callable[[str, list[int]], dict[int, str]]) -> Callable[[str, list[int]], dict[int, str]]:
+        JUDGES[name] = read
+        return read
+
+    return enter
+
 
 BRIGHT = 25  # grey level from which a pixel is ink; the faintest decoy has 30
 CENTRAL = 0.35  # of the picture's sides; ink that comes no closer to the middle is not part of the stroke
@@ -76,7 +132,7 @@ def criticise_by_oracle(
     spurious_mask: np.ndarray,
     attribution: np.ndarray,
     *,
-    rule: str,
+    rule: Overlap,
     false_positive_rate: float,
     false_negative_rate: float,
     seed: int,
@@ -92,7 +148,7 @@ def criticise_by_oracle(
 
     Args:
         segments: uint8 (H, W); 255 = none. spurious_mask, object_mask: bool (H, W). attribution: float (H, W).
-        rule: of `lvlmva_core.overlap.overlaps`, for the spurious feature; a region lies on the object by
+        rule: of `lvlmva_core.regions.overlaps`, for the spurious feature; a region lies on the object by
             "majority_of_attribution".
     """
     if object_mask is None:
@@ -114,6 +170,53 @@ def criticise_by_oracle(
     return _with_verdicts(lines, verdicts)
 
 
+@critic("rules")
+def rules(case: Case, settings: Any) -> str:
+    """Criticise a case by `criticise_by_rules`."""
+    return criticise_by_rules(case.picture, case.segments)
+
+
+def _told_the_oracle(case: Case, settings: OracleCritic) -> dict[str, Any]:
+    return {
+        "rejects": settings.oracle_rejects,
+        "overlap": settings.overlap if settings.oracle_rejects == "spurious_feature" else ON_OBJECT,
+        "false_positive_rate": settings.false_positive_rate,
+        "false_negative_rate": settings.false_negative_rate,
+        "seed": settings.seed,
+    }
+
+
+@critic("oracle", knows_truth=True, told=_told_the_oracle)
+def oracle(case: Case, settings: OracleCritic) -> str:
+    """Criticise a case by `criticise_by_oracle`.
+
+    Raises:
+        InputError: a true mask that it needs is unknown.
+    """
+    assert case.attribution is not None
+    if case.spurious_mask is None:
+        raise InputError(
+            f"critique.critic 'oracle' needs the true mask of '{case.sample}', which is unknown; use another"
+        )
+    if settings.oracle_rejects == "off_object" and case.object_mask is None:
+        raise InputError(
+            "critique.oracle_rejects 'off_object' needs masks of the object, which this data set does not have; "
+            "set it to spurious_feature"
+        )
+    return criticise_by_oracle(
+        case.sample,
+        case.segments,
+        case.spurious_mask,
+        case.attribution,
+        rule=settings.overlap,
+        false_positive_rate=settings.false_positive_rate,
+        false_negative_rate=settings.false_negative_rate,
+        seed=settings.seed,
+        object_mask=case.object_mask if settings.oracle_rejects == "off_object" else None,
+    )
+
+
+@judge("rules")
 def judge_by_rules(critique: str, regions: list[int]) -> dict[int, str]:
     """Read the verdicts from a stand-in's critique: its last line, "Verdicts: red - yes; blue - no".
 

@@ -3,26 +3,101 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lvlmva_core.errors import InputError
+from lvlmva_core.lvlm.calls import Record
 
-Row = dict[str, Any]
+Text = Annotated[str, Field(min_length=1)]
+# of failures that asking again can mend; what follows is the reason
+NO_CRITIQUE, NO_VERDICT = "no critique: ", "no verdict: "
 
-CRITIQUE_FIELDS = {"sample", "segmentation", "critic", "regions", "critique", "failure"}
-VERDICT_FIELDS = {"sample", "segmentation", "critic", "judge", "verdicts", "failure"}
+
+class Region(BaseModel):
+    """A region and the name of its colour."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    region: Annotated[int, Field(ge=0, lt=255)]
+    color: Text
+
+
+class Verdict(Region):
+    """yes: the region is relevant; no: it is spurious or irrelevant."""
+
+    verdict: Literal["yes", "no"]
+
+
+class Row(BaseModel):
+    """What both files say of a sample.
+
+    segmentation: digest of the label map (`regions.segmentation_digest`). critic: a stand-in's name, or a model's with
+    its revision. settings: what the critic was told beyond the pictures. failure: why the sample has no critique or no
+    verdicts, or None.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    sample: Text
+    segmentation: Text
+    critic: Text
+    settings: dict[str, Any]
+    failure: Text | None
+
+
+class CritiqueRow(Row):
+    """A critique. record: the call that it came from; None for stand-ins and failures."""
+
+    regions: list[Region]
+    class_name: str
+    critique: Text | None
+    record: Record | None
+
+    @model_validator(mode="after")
+    def _a_critique_or_a_failure(self) -> "CritiqueRow":
+        if (self.critique is None) != (self.failure is not None):
+            raise ValueError("a row has either a critique or a failure")
+        return self
+
+
+class VerdictRow(Row):
+    """Verdicts of a critique's regions, each once. records: the calls that they came from, all attempts in order."""
+
+    judge: Text
+    verdicts: list[Verdict]
+    records: list[Record]
+
+    @model_validator(mode="after")
+    def _verdicts_or_a_failure(self) -> "VerdictRow":
+        if bool(self.verdicts) != (self.failure is None):
+            raise ValueError("a row has either verdicts or a failure")
+        if len({each.region for each in self.verdicts}) < len(self.verdicts):
+            raise ValueError("a region has two verdicts")
+        return self
+
+    def by_region(self) -> dict[int, str]:
+        """Region -> "yes" | "no"."""
+        return {each.region: each.verdict for each in self.verdicts}
+
+
+AnyRow = TypeVar("AnyRow", bound=Row)
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write rows as JSON lines sorted by `sample`, keys sorted."""
-    ordered = sorted(rows, key=lambda row: str(row["sample"]))
+    ordered = sorted(rows, key=lambda row: row.sample)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n" for row in ordered)
+    text = "".join(
+        json.dumps(row.model_dump(exclude_unset=True), sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+        for row in ordered
+    )
     path.write_text(text, encoding="utf-8")
 
 
-def read_rows(path: Path, fields: set[str]) -> list[Row]:
-    """Read JSON lines and check that each row has `fields` and that no sample comes twice.
+def read_rows(path: Path, kind: type[AnyRow]) -> list[AnyRow]:
+    """Read rows, and check what each must hold and that no sample comes twice.
 
     Raises:
         InputError: naming the file and line.
@@ -32,20 +107,22 @@ def read_rows(path: Path, fields: set[str]) -> list[Row]:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error}); {_REPAIR}") from error
-    rows: dict[str, Row] = {}
+    rows: dict[str, AnyRow] = {}
     for number, line in enumerate(lines, start=1):
         if not line:
             continue
         try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{path}, line {number}: not JSON ({error}); {_REPAIR}") from error
-        absent = sorted(fields - row.keys()) if isinstance(row, dict) else sorted(fields)
-        if absent:
-            raise InputError(f"{path}, line {number}: lacks {', '.join(absent)}; {_REPAIR}")
-        if row["sample"] in rows:
-            raise InputError(f"{path}, line {number}: second row for sample '{row['sample']}'; {_REPAIR}")
-        rows[row["sample"]] = row
+            row = kind.model_validate(json.loads(line))
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            place = ".".join(str(part) for part in first["loc"]) or "the row"
+            message = first["msg"].removeprefix("Value error, ").lower()
+            raise InputError(f"{path}, line {number}: {place}: {message}; {_REPAIR}") from None
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}, line {number}: not JSON ({error}); {_REPAIR}") from None
+        if row.sample in rows:
+            raise InputError(f"{path}, line {number}: second row for sample '{row.sample}'; {_REPAIR}")
+        rows[row.sample] = row
     return list(rows.values())
 
 

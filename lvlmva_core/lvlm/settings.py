@@ -1,12 +1,32 @@
-"""What is said of a model behind a server."""
+"""Sections critique and judge of params, and what is said there of a model behind a server."""
 
+import ipaddress
 from typing import Annotated, Any, Literal
+from urllib.parse import parse_qsl, urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from lvlmva_core.settings import Count, NonNegative, Positive, Seed, Settings
+from lvlmva_core.regions import Overlap
+from lvlmva_core.settings import Count, NonNegative, Positive, Seed, Settings, Share
 
 _CREDENTIALS = ("api_key", "apikey", "api-key", "authorization", "secret", "password")
+_CREDENTIALS_OF_ADDRESSES = ("key", "token", "sig", "signature", "code")  # of a query; in a body they mean other things
+
+# What changes the price, the transport or the bookkeeping of an answer, but not what is asked: outside a call's key.
+TRANSPORT = (
+    "service_tier",
+    "user",
+    "safety_identifier",
+    "metadata",
+    "store",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+)
+TIERS = ("auto", "default", "flex", "priority", "scale")  # values of service_tier that records may have been asked with
+
+
+def _is_credential(name: str) -> bool:
+    return any(word in name.lower() for word in _CREDENTIALS)
 
 
 def _keys_within(value: Any) -> list[str]:
@@ -15,29 +35,58 @@ def _keys_within(value: Any) -> list[str]:
     return [key for inner in value for key in _keys_within(inner)] if isinstance(value, list) else []
 
 
-class Endpoint(Settings):
-    """A model behind an OpenAI-compatible server. What is sent is part of a call's key; the rest is not."""
+def is_loopback_url(url: str) -> bool:
+    """Whether an address is this machine's, by name or number."""
+    host = urlsplit(url).hostname or ""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
-    base_url: Annotated[str, Field(pattern=r"^https?://[^\s/?#@]+(:\d+)?(/[^\s?#]*)?(\?\S*)?$")]
+
+def _without_credentials(url: str) -> str:
+    names = [name for name, _ in parse_qsl(urlsplit(url).query, keep_blank_values=True)]
+    bad = [name for name in names if _is_credential(name) or name.lower() in _CREDENTIALS_OF_ADDRESSES]
+    if bad:
+        raise ValueError(f"base_url: {bad[0]} looks like a credential; name its variable in api_key_variable")
+    return url
+
+
+class Endpoint(Settings):
+    """A model behind an OpenAI-compatible server. What is sent is part of a call's key; the rest is not.
+
+    Only base_url and model have to be said, and the variable with the API key (or null) of a host that is not this
+    machine. Prices that are null are unknown: free on this machine; elsewhere only max_calls can hold.
+    """
+
+    base_url: Annotated[
+        str, Field(pattern=r"^https?://[^\s/?#@]+(:\d+)?(/[^\s?#]*)?(\?\S*)?$"), AfterValidator(_without_credentials)
+    ]
     model: Annotated[str, Field(min_length=1)]
-    revision: Annotated[str, Field(min_length=1)]
-    api_key_variable: Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*_API_KEY$")] | None
-    token_limit_name: Literal["max_tokens", "max_completion_tokens"]
-    token_limit: Count
-    temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None
-    seed: Seed | None
-    image_detail: Literal["auto", "low", "high"] | None
-    extra_body: dict[str, Any]
-    concurrency: Annotated[int, Field(ge=1, le=256)]
-    timeout_s: Positive
-    retries: Annotated[int, Field(ge=0, le=20)]
-    max_wait_s: Positive
-    usd_per_million_input_tokens: NonNegative
-    usd_per_million_output_tokens: NonNegative
-    max_calls: Annotated[int, Field(ge=0)]
-    max_cost_usd: NonNegative
-    allow_upload: bool
-    allow_unhydrated: bool
+    revision: Annotated[str, Field(min_length=1)] = "1"
+    api_key_variable: Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*_API_KEY$")] | None = None
+    token_limit_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    token_limit: Count = 1200
+    temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = 0.0
+    seed: Seed | None = None
+    image_detail: Literal["auto", "low", "high"] | None = None
+    extra_body: dict[str, Any] = Field(default_factory=dict)
+    service_tier: Literal["auto", "default", "flex", "priority"] | None = None
+    without_capacity: Literal["wait", "standard"] = "wait"
+    concurrency: Annotated[int, Field(ge=1, le=256)] = 4
+    timeout_s: Positive = 180.0
+    retries: Annotated[int, Field(ge=0, le=20)] = 6
+    max_wait_s: Positive = 900.0
+    usd_per_million_input_tokens: NonNegative | None = None
+    usd_per_million_output_tokens: NonNegative | None = None
+    tier_usd_per_million_input_tokens: NonNegative | None = None
+    tier_usd_per_million_output_tokens: NonNegative | None = None
+    max_calls: Annotated[int, Field(ge=0)] = 1000
+    max_cost_usd: NonNegative = 5.0
+    allow_upload: bool = False
+    allow_unhydrated: bool = False
 
     @model_validator(mode="after")
     def _extra_body_is_plain(self) -> "Endpoint":
@@ -45,7 +94,146 @@ class Endpoint(Settings):
         for key in self.extra_body:
             if key in own:
                 raise ValueError(f"extra_body.{key} has a key of its own or is set by the stage; remove it there")
+        if (
+            self.service_tier == "priority"
+            and self.usd_per_million_input_tokens
+            and not self.tier_usd_per_million_input_tokens
+        ):
+            raise ValueError(
+                "service_tier 'priority' costs more: say tier_usd_per_million_input_tokens and ..._output_tokens"
+            )
+        if self.service_tier is not None and "service_tier" in self.extra_body:
+            raise ValueError("extra_body.service_tier and service_tier are both there; remove it from extra_body")
         for key in _keys_within(self.extra_body):
-            if any(word in key.lower() for word in _CREDENTIALS):
+            if _is_credential(key):
                 raise ValueError(f"extra_body: {key} looks like a credential; name its variable in api_key_variable")
         return self
+
+    @model_validator(mode="after")
+    def _other_hosts_say_their_key(self) -> "Endpoint":
+        if not is_loopback_url(self.base_url) and "api_key_variable" not in self.model_fields_set:
+            raise ValueError(
+                "endpoint.api_key_variable is missing: name the environment variable with the API key "
+                "(e.g. OPENAI_API_KEY), or null if this host needs none"
+            )
+        return self
+
+
+Folder = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
+
+
+class StandInCritic(Settings):
+    """A critic without a model that looks at picture and regions only: a name in `lvlmva_core.lvlm.offline.CRITICS`.
+
+    prompts: folder of prompts/ (which DVC tracks whoever criticises).
+    """
+
+    critic: str
+    prompts: Folder
+
+    @model_validator(mode="after")
+    def _is_known(self) -> "StandInCritic":
+        from lvlmva_core.lvlm.offline import CRITICS
+
+        if self.critic not in CRITICS:
+            raise ValueError(f"no critic '{self.critic}'; known: {', '.join((*CRITICS, 'model', 'replay'))}")
+        return self
+
+
+class OracleCritic(StandInCritic):
+    """The critic that knows the true masks, with errors at set rates."""
+
+    critic: Literal["oracle"]
+    oracle_rejects: Literal["spurious_feature", "off_object"] = "spurious_feature"
+    overlap: Overlap = "half_of_feature"
+    false_positive_rate: Share = 0.0
+    false_negative_rate: Share = 0.0
+    seed: Seed = 0
+
+
+class ModelCritic(Settings):
+    """A vision-language model, or (replay) only what it is known to have said.
+
+    max_attempts: answers that may be bought for a sample over all runs, until one is usable. asked_again: how often
+    `lvlmva calls retry` had failed samples asked anew; read by DVC alone.
+    """
+
+    critic: Literal["model", "replay"]
+    prompts: Folder
+    name_spurious_feature: bool = False
+    max_attempts: Annotated[int, Field(ge=1, le=10)] = 3
+    max_failed_share: Share = 0.1
+    asked_again: Annotated[int, Field(ge=0)] = 0
+    endpoint: Endpoint
+
+
+class StandInJudge(Settings):
+    """A judge without a model, which reads the stand-ins' prose: a name in `lvlmva_core.lvlm.offline.JUDGES`."""
+
+    judge: str
+    prompts: Folder
+
+    @model_validator(mode="after")
+    def _is_known(self) -> "StandInJudge":
+        from lvlmva_core.lvlm.offline import JUDGES
+
+        if self.judge not in JUDGES:
+            raise ValueError(f"no judge '{self.judge}'; known: {', '.join((*JUDGES, 'model', 'replay'))}")
+        return self
+
+
+class ModelJudge(Settings):
+    """A language model, or (replay) only what it is known to have said.
+
+    max_attempts: answers that one run may buy for a sample, until one is valid. asked_again: as for the critic.
+    """
+
+    judge: Literal["model", "replay"]
+    prompts: Folder
+    answer_format: Literal["json_schema", "prompt"] = "json_schema"
+    max_attempts: Annotated[int, Field(ge=1, le=10)] = 3
+    max_failed_share: Share = 0.1
+    asked_again: Annotated[int, Field(ge=0)] = 0
+    endpoint: Endpoint
+
+
+def _choose(key: str, kinds: dict[str, type[Settings]], content: Any) -> Any:
+    """A section without the keys that only other kinds read, so that a file may hold what several kinds need."""
+    if not isinstance(content, dict) or not isinstance(content.get(key), str):
+        return content
+    kind = kinds.get(content[key], kinds[""])
+    if "endpoint" in kind.model_fields and content.get("endpoint") is None:
+        section = "critique" if key == "critic" else "judge"
+        raise ValueError(f"{key} '{content[key]}' needs {section}.endpoint; take one from presets/critics")
+    others = {name for other in kinds.values() for name in other.model_fields} - kind.model_fields.keys()
+    return {name: value for name, value in content.items() if name not in others}
+
+
+def _kind(key: str, kinds: dict[str, type[Settings]], content: Any) -> str:
+    name = content.get(key) if isinstance(content, dict) else getattr(content, key, None)
+    return name if isinstance(name, str) and name in kinds else ""
+
+
+_CRITICS: dict[str, type[Settings]] = {
+    "": StandInCritic,
+    "oracle": OracleCritic,
+    "model": ModelCritic,
+    "replay": ModelCritic,
+}
+_JUDGES: dict[str, type[Settings]] = {"": StandInJudge, "model": ModelJudge, "replay": ModelJudge}
+
+# A stand-in without settings of its own, the oracle, or a model. Keys that only another kind reads may stand there
+# too, so that a critic can be exchanged by one key; they are not read.
+Critique = Annotated[
+    Annotated[StandInCritic, Tag("")]
+    | Annotated[OracleCritic, Tag("oracle")]
+    | Annotated[ModelCritic, Tag("model")]
+    | Annotated[ModelCritic, Tag("replay")],
+    Discriminator(lambda content: _kind("critic", _CRITICS, content)),
+    BeforeValidator(lambda content: _choose("critic", _CRITICS, content)),
+]
+Judge = Annotated[
+    Annotated[StandInJudge, Tag("")] | Annotated[ModelJudge, Tag("model")] | Annotated[ModelJudge, Tag("replay")],
+    Discriminator(lambda content: _kind("judge", _JUDGES, content)),
+    BeforeValidator(lambda content: _choose("judge", _JUDGES, content)),
+]

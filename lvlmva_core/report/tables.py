@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lvlmva_core.comparison import SUBJECT
-from lvlmva_core.lvlm import STAND_INS
+from lvlmva_core.lvlm.offline import is_stand_in
 from lvlmva_core.methods import METHODS, in_order
 from lvlmva_core.metrics import METRICS
 from lvlmva_core.outputs import BASE
@@ -108,7 +108,7 @@ def markdown_table(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def _named(name: str) -> str:
-    return f"{name} (a stand-in, not a vision-language model)" if name in STAND_INS else name
+    return f"{name} (a stand-in, not a vision-language model)" if is_stand_in(name) else name
 
 
 def _number(value: float | dict[str, float] | None) -> str:
@@ -153,7 +153,7 @@ def differences(content: Mapping[str, Any]) -> dict[str, dict[str, tuple[float, 
 
 def warning_of(verdicts: Mapping[str, Any]) -> str:
     """What must be said first where stand-ins judged; "" where none did."""
-    stand_ins = {name for name in (*verdicts["critic"], *verdicts["judge"]) if name in STAND_INS}
+    stand_ins = {name for name in (*verdicts["critic"], *verdicts["judge"]) if is_stand_in(name)}
     if not stand_ins:
         return ""
     return (

@@ -91,3 +91,10 @@ def test_the_command_line_knows_it() -> None:
     from lvlmva.cli import app
 
     assert "preset" in CliRunner().invoke(app, ["--help"]).output
+
+
+def test_the_shell_completes_commands() -> None:
+    from lvlmva.cli import app
+
+    asked = {"_LVLMVA_COMPLETE": "complete_bash", "COMP_WORDS": "lvlmva pre", "COMP_CWORD": "1"}
+    assert CliRunner().invoke(app, [], env=asked, prog_name="lvlmva").output.split() == ["preset"]

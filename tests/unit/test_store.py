@@ -1,10 +1,12 @@
 """The store: deterministic bytes, nothing half written, nothing damaged served, locks that hold and let go."""
 
+import asyncio
 import hashlib
 import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from lvlmva_core.errors import InputError
 from lvlmva_core.store import Store, canonical_json, digest, digest_array
 
 KEY = "ab" + "0" * 62
+FORMAT1 = Path(__file__).parents[1] / "fixtures" / "format1"
 ARRAYS = npst.arrays(
     dtype=st.sampled_from([np.dtype(name) for name in ("uint8", "bool", "int64", "float32", ">f8", "float16")]),
     shape=npst.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4),
@@ -145,9 +148,79 @@ def test_a_killed_holder_lets_go(tmp_path: Path) -> None:
     while not entered.exists():
         time.sleep(0.01)
     store = Store(tmp_path)
-    assert store.acquire("maps", KEY, wait=False) is None
+    assert not _free(store)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     with store.lock("maps", KEY):
-        assert store.acquire("maps", KEY, wait=False) is None
+        assert not _free(store)
+    assert _free(store)
+
+
+def _free(store: Store) -> bool:
+    """Whether the lock of KEY can be had within half a second, without the event loop standing still."""
+
+    async def beat(count: list[int]) -> None:
+        while True:
+            count.append(1)
+            await asyncio.sleep(0.01)
+
+    async def take() -> None:
+        async with store.lock_async("maps", KEY):
+            pass
+
+    async def attempt() -> bool:
+        count: list[int] = []
+        beats = asyncio.create_task(beat(count))
+        try:
+            await asyncio.wait_for(take(), 0.5)
+        except TimeoutError:
+            assert len(count) > 20
+            return False
+        finally:
+            beats.cancel()
+        return True
+
+    return asyncio.run(attempt())
+
+
+def test_threads_and_tasks_exclude_each_other(tmp_path: Path) -> None:
+    store, held, most = Store(tmp_path), [], []
+
+    async def one() -> None:
+        async with store.lock_async("maps", KEY):
+            held.append(1)
+            most.append(len(held))
+            await asyncio.sleep(0.001)
+            held.pop()
+
+    async def several() -> None:
+        await asyncio.gather(*(one() for _ in range(5)))
+
+    threads = [threading.Thread(target=lambda: asyncio.run(several())) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 15
+    assert not list((tmp_path / "locks").iterdir())
+
+
+def test_records_of_the_first_version_are_read_and_written_as_they_were(tmp_path: Path) -> None:
+    store = Store(FORMAT1 / "store")
+    found = store.get_arrays("attributions", KEY)
+    assert found is not None
+    np.testing.assert_array_equal(found["map"], np.arange(12, dtype=np.float32).reshape(3, 4))
+    assert found["label"] == 3
+    again = Store(tmp_path)
+    again.put_arrays("attributions", KEY, found)
+    written = again.path("attributions", KEY, "arrays").read_bytes()
+    assert written == store.path("attributions", KEY, "arrays").read_bytes()
+
+
+def test_a_folder_in_the_place_of_a_record_is_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = Store(tmp_path)
+    store.path("maps", KEY, "arrays").mkdir(parents=True)
+    assert store.get_arrays("maps", KEY) is None
+    assert "damaged record" in caplog.text
+    assert store.put_arrays("maps", KEY, {"x": np.arange(3)})
