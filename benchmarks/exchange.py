@@ -4,9 +4,9 @@ Run it where `dvc repro exchange` has run: python benchmarks/exchange.py. Sample
 
 - the truth: how the true class's centred logit falls when the real feature is taken away: in digits to the
   background (0), in knee and skin filled with what lies there in training pictures of the class without the feature;
-- the estimate: how it falls when the region that holds most of the feature is exchanged (`data/reliance.zarr`) for that
-  of other classes, and of its own. A region that the feature dominates holds more than half of its positive attribution
-  on the feature; in the others the object is exchanged as well.
+- the estimate: how it falls when the regions on the feature are exchanged (`data/reliance.zarr`) for those of other
+  classes, and of its own: the sum over regions that the feature dominates, which hold more than half of their positive
+  attribution on it; where there is none, the region that holds most of the feature, and of the object beside it.
 """
 
 from pathlib import Path
@@ -43,20 +43,23 @@ def main() -> None:
     other, own = (read_array(known["reliance"], name)[rows] for name in ("other", "own"))
     samples = read_sample_rows(known["images"], table, ids, device)
     truth = true_falls(model, samples, masks, read_split(known["images"], table, "train", device), dataset)
-    regions = np.array(
-        [np.bincount(each[mask], minlength=256)[:255].argmax() for each, mask in zip(segments, masks, strict=True)]
-    )
-    inside = segments == regions[:, None, None]
     effect = np.maximum(read_array(known["attributions"], "attributions")[rows], 0.0)
-    dominated = (effect * (inside & masks)).sum((1, 2)) > 0.5 * (effect * inside).sum((1, 2))
-    places = np.arange(len(ids)), regions
-    everywhere = np.ones(len(ids), dtype=bool)
+    dominated = np.zeros(other.shape, dtype=bool)
+    for region in range(other.shape[1]):
+        inside = segments == region
+        dominated[:, region] = (effect * (inside & masks)).sum((1, 2)) > 0.5 * (effect * inside).sum((1, 2))
+    none = ~dominated.any(axis=1)
+    most = [np.bincount(each[mask], minlength=256)[:255].argmax() for each, mask in zip(segments, masks, strict=True)]
+    chosen = dominated.copy()
+    chosen[np.flatnonzero(none), np.array(most)[none]] = True
     columns = [
-        correlation(found[places], truth, chosen) for chosen in (everywhere, dominated) for found in (own, other)
+        correlation(np.where(chosen, found, 0.0).sum(1), truth, rows_of)
+        for rows_of in (np.ones(len(ids), dtype=bool), ~none)
+        for found in (own, other)
     ]
     print(  # noqa: T201 - a benchmark's result
         f"| {dataset} | {loaded.train.model} | {truth.mean():.2f} | {len(ids)} | {' | '.join(columns[:2])} | "
-        f"{int(dominated.sum())} | {' | '.join(columns[2:])} |"
+        f"{int((~none).sum())} | {' | '.join(columns[2:])} |"
     )
 
 

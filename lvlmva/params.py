@@ -187,11 +187,11 @@ def _explain(error: ValidationError, section: type[Settings], place: str) -> str
         remedy = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(known)}"
         return f"unknown key '{key}'; {remedy}{more}"
     if first["type"] == "union_tag_invalid":  # the key that says which of several kinds of section this is
-        tag = first["ctx"]["discriminator"].strip("'")
+        tag = first["ctx"]["discriminator"].split(" | ")[-1].strip("'")  # an alias comes last
         tags = [name.strip("'") for name in first["ctx"]["expected_tags"].split(", ")]
         return f"'{key}.{tag}' = {first['ctx']['tag']!r}: expected one of {', '.join(tags)}{more}"
     if first["type"] == "union_tag_not_found":
-        tag = first["ctx"]["discriminator"].strip("'")
+        tag = first["ctx"]["discriminator"].split(" | ")[-1].strip("'")  # an alias comes last
         return f"key '{key}.{tag}' is missing; add it (see presets/ for a complete file){more}"
     if first["type"] == "missing":
         return f"key '{key}' is missing; add it (see presets/ for a complete file){more}"
@@ -232,7 +232,7 @@ def _names_of(model: Any) -> list[Any]:
 
 def _keys_of(model: Any) -> list[str]:
     if issubclass(model, Choice):
-        return model.known_keys()
+        return list(model.known_keys())
     return [field.alias or name for name, field in model.model_fields.items()]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lvlmva_core.alignment.penalties import rrr_penalty
+from lvlmva_core.alignment import rrr_penalty
 from lvlmva_core.attribution import deep_lift_shap
 from lvlmva_core.errors import InputError
 from lvlmva_core.models import Normalised, predict_logits
