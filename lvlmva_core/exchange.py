@@ -107,20 +107,25 @@ def exchange_regions(
     return Reliance(found["other"], spread["other"], found["own"], spread["own"], flipped, logit.float().cpu().numpy())
 
 
+def typical_size(logit: np.ndarray) -> float:
+    """Root mean square of centred logits (N,): what falls are measured against."""
+    return float(np.sqrt(np.mean(np.square(logit, dtype=np.float64))))
+
+
 def independent_regions(other: np.ndarray, logit: np.ndarray, at_most: float) -> np.ndarray:
     """Regions that need no critic, since the prediction does not depend on them: bool (N, J).
 
     Args:
         other: (N, J), of `Reliance`; NaN where there is no region. logit: (N,), of `Reliance`.
-        at_most: the largest mean fall that counts as none, as a share of the logit's standard deviation over samples.
+        at_most: the largest mean fall that counts as none, as a share of the logit's typical size.
     """
-    scale = float(np.std(logit, dtype=np.float64))
+    scale = typical_size(logit)
     return np.asarray(np.nan_to_num(np.abs(other), nan=np.inf) <= at_most * scale)
 
 
 def summary_of(found: Reliance) -> dict[str, float | int]:
     """Numbers for the metrics file: how much hangs on the region that each sample hangs on most."""
-    scale = float(np.std(found.logit, dtype=np.float64)) or 1.0
+    scale = typical_size(found.logit) or 1.0
     with_region = ~np.isnan(found.other).all(axis=1)
     most = np.nanmax(found.other[with_region], axis=1)
     return {

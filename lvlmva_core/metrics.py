@@ -84,14 +84,14 @@ def reliance_on_rejected(exchanged: ArrayLike) -> float:
     """How much a model relies on what was rejected (an extension): 0 = not at all; scale-free.
 
     The fall of the true class's logit when rejected content of other classes is put into a picture, less the fall when
-    the same places are filled from its own class, over the logit's standard deviation between pictures.
+    the same places are filled from its own class, as a share of the logit's typical size (root mean square).
 
     Args:
         exchanged: (n, 3), of each held-out picture the centred logit of its class: as it is, with rejected content, and
             filled from its own class (`lvlmva_core.exchange.run_trial`).
     """
     before, rejected, filled = np.asarray(exchanged, dtype=np.float64).T
-    scale = before.std()
+    scale = np.sqrt((before**2).mean())
     return float((filled - rejected).mean() / scale) if scale > 0 else 0.0
 
 
