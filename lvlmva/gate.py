@@ -20,9 +20,9 @@ def gate(
     """Fail (exit code 1) when a checkpoint relies on what was rejected before.
 
     Reliance: rejected regions of alignment samples are put into test pictures of other classes; how far the logit of
-    the true class falls, less than when its own class fills the same place, as a share of that logit's typical size. The
-    interval is a 95 % bootstrap over pictures; the value decides, not its interval. The base model and the aligned one
-    are shown beside it. The checkpoint is one of ours, or, with `train.from: checkpoint`, read as that one is.
+    the true class falls, less than when its own class fills the same place, as a share of that logit's typical size.
+    The interval is a 95 % bootstrap over pictures; the value decides, not its interval. The base model and the aligned
+    one are shown beside it. The checkpoint is one of ours, or, with `train.from: checkpoint`, read as that one is.
     """
     rows = measure_reliance(model, params)
     found = rows[-1]

@@ -170,7 +170,7 @@ def card(
         "",
         "Reliance: the fall of the true class's logit when rejected content of other classes is put into a picture, "
         "less "
-        "the fall when its own class fills the same place, over the logit's standard deviation (an extension; 0 = "
+        "the fall when its own class fills the same place, as a share of the logit's typical size (an extension; 0 = "
         "none).",
         "",
         "## Limits",
