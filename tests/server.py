@@ -78,7 +78,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         with STATE.lock:
-            body = {"log": STATE.log, "most_at_once": STATE.most}
+            body = {"log": STATE.log, "most_at_once": STATE.most, "at_once": STATE.now}
         self.reply(200, body)
 
     def do_POST(self) -> None:

@@ -47,6 +47,10 @@ class Server:
         """Most requests under way at the same time since `set`."""
         return int(self._state()["most_at_once"])
 
+    def at_once(self) -> int:
+        """Requests that are under way now."""
+        return int(self._state()["at_once"])
+
     def _state(self) -> Any:
         with urllib.request.urlopen(self.url + "/log", timeout=10) as answer:
             return json.load(answer)
