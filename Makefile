@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lock
+.PHONY: help setup demo test api tour lock
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -30,6 +30,12 @@ test: $(STAMP) ## lint, type-check and run all tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -n 2 --dist loadscope
+
+api: $(STAMP) ## build the API reference from the docstrings into build/api
+	$(BIN)/python -W error -m pdoc --docformat google --output-directory build/api lvlmva_core
+
+tour: $(STAMP) ## run docs/tour.ipynb and keep what its cells say
+	$(BIN)/python -m tests.tour
 
 lock: ## resolve pyproject.toml anew into requirements.lock
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --all-extras --no-header --no-annotate pyproject.toml -o requirements.lock

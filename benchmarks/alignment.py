@@ -29,8 +29,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lvlmva_core.align_settings import AlignSettings
 from lvlmva_core.alignment import AlignedRun, align_ensemble
 from lvlmva_core.compute import set_up_compute
-from lvlmva_core.datasets import prepare_dataset
-from lvlmva_core.datasets.settings import Prepare
+from lvlmva_core.datasets.decoy import DecoyDigits, DecoyMnist
 from lvlmva_core.models import ModelSpec, build_model
 from lvlmva_core.samples import Split
 from lvlmva_core.training import endless_batches, train_classifier
@@ -48,7 +47,7 @@ def digits(steps: int, device: torch.device) -> tuple[str, Work]:
     root = Path(os.environ.get("LVLMVA_DATA", "")) / "mnist"
     found = (root / "MNIST").is_dir()
     name = "decoy_mnist" if found else "decoy_digits"
-    data = prepare_dataset(Prepare(dataset="decoy_mnist" if found else "decoy_digits", root=str(root), seed=0))
+    data = (DecoyMnist(root=str(root), seed=0) if found else DecoyDigits(seed=0)).prepare()
     rows = (data.samples["split"] == "train").to_numpy().nonzero()[0][: steps * TRAINING]
     if len(rows) < steps * TRAINING:  # a small set is passed over several times
         rows = rows.repeat(math.ceil(steps * TRAINING / len(rows)))[: steps * TRAINING]

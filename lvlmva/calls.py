@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import typer
 
 from lvlmva.ask import allow_host
+from lvlmva.changes import apply_changes
 from lvlmva.hydrate import open_store
 from lvlmva.pipeline import paths
 from lvlmva_core.errors import InputError
@@ -118,8 +119,8 @@ def plan(
         with Repo() as repo:
             commands = [str(repo.stage.load_one(name=stage).cmd) for stage in ("critique", "judge")]
         for command in commands:
-            words = [str(copy) if word == "params.yaml" else word for word in shlex.split(command)]
-            done = subprocess.run([sys.executable, *words[1:], "--dry-run"], check=False)
+            words = [sys.executable, *shlex.split(command)[1:], "--params", str(copy), "--dry-run"]
+            done = subprocess.run(words, check=False)
             if done.returncode:
                 raise typer.Exit(done.returncode)
 
@@ -197,15 +198,7 @@ def _changed(params: Path, folder: Path, changes: list[str]) -> Path:
     yaml = YAML(typ="safe", pure=True)
     # through JSON, so that sections which share an anchor change one by one
     content = json.loads(json.dumps(yaml.load(params.read_text(encoding="utf-8"))))
-    for change in changes:
-        path, separator, value = change.partition("=")
-        *sections, key = path.split(".")
-        place = content
-        for section in sections:
-            place = place.get(section) if isinstance(place, dict) else None
-        if not separator or not isinstance(place, dict):
-            raise InputError(f"--set {change}: expected section.key=value with a section of {params}")
-        place[key] = yaml.load(value)
+    apply_changes(content, changes)
     copy = folder / "params.yaml"
     with copy.open("w", encoding="utf-8") as file:
         yaml.dump(content, file)

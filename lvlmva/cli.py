@@ -23,7 +23,7 @@ class App(typer.Typer):
             raise SystemExit(1) from None
 
 
-app = App(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
+app = App(pretty_exceptions_enable=False, no_args_is_help=True)
 app.add_typer(calls, name="calls")
 app.command()(preset)
 app.command()(results)

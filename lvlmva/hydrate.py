@@ -8,13 +8,12 @@ import contextlib
 import json
 import logging
 import os
+import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from lvlmva_core.errors import InputError
 from lvlmva_core.store import HYDRATED, Store
@@ -87,31 +86,6 @@ def committed_versions(out: str, store: Store, *, required: bool = False) -> Ite
             yield copy
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.touch()
-
-
-def absent_rows(
-    store: Store, kind: str, keys: list[str], out: str, take_in: Callable[[Path, Store], None]
-) -> list[int]:
-    """Places of the keys that `store` lacks, after it has taken in the committed versions of `out` if it lacked any.
-
-    Args:
-        take_in: puts every row of a version of `out` into the store.
-    """
-    absent = [n for n, key in enumerate(keys) if store.get_arrays(kind, key) is None]
-    if absent:
-        for version in committed_versions(out, store):
-            take_in(version, store)
-        absent = [n for n in absent if store.get_arrays(kind, keys[n]) is None]
-    return absent
-
-
-def all_rows(store: Store, kind: str, keys: list[str]) -> list[dict[str, np.ndarray]]:
-    """The records of all keys, which are expected to be there. Raises InputError where some were damaged meanwhile."""
-    records = [store.get_arrays(kind, key) for key in keys]
-    whole = [record for record in records if record is not None]
-    if len(whole) < len(keys):
-        raise InputError(f"{store.root}: {len(keys) - len(whole)} {kind} were damaged meanwhile; run again")
-    return whole
 
 
 @contextlib.contextmanager
@@ -193,17 +167,20 @@ def _lock_files(project: Path, root: Path) -> Iterator[tuple[str, str]]:
 
 
 def _digest_in(lock_file: str, out: str) -> str | None:
-    """The digest of an output in the text of a dvc.lock; None where it is not there or the file is in conflict."""
-    import yaml
+    """The digest of an output in the text of a dvc.lock; None where it is not there or its stage is in conflict."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
 
-    if out not in lock_file:
-        return None
-    try:
-        stages = yaml.load(lock_file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))["stages"]
-    except (yaml.YAMLError, KeyError, TypeError):
-        return None  # conflict markers: both sides are commits of their own
-    for stage in stages.values():
-        for entry in stage.get("outs", []):
+    # one stage at a time: there is a lock for every commit of the history, and few stages name the output
+    for text in re.split(r"^(?=  \S)", lock_file, flags=re.MULTILINE):
+        if out not in text:
+            continue
+        try:
+            (stage,) = YAML(typ="safe", pure=True).load(text).values()
+            outs = stage.get("outs", [])
+        except (YAMLError, ValueError, AttributeError):
+            continue  # conflict markers: both sides are commits of their own
+        for entry in outs:
             if entry.get("path") == out and isinstance(entry.get("md5"), str):
                 return str(entry["md5"])
     return None

@@ -8,15 +8,15 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from pydantic import BaseModel, Field, ValidationError
 
 from lvlmva_core.align_settings import AlignSettings
-from lvlmva_core.attribute_settings import Attribute
+from lvlmva_core.attribution_methods import AttributionMethod
 from lvlmva_core.comparison import SUBJECT
-from lvlmva_core.datasets.settings import Prepare
+from lvlmva_core.datasets.registry import Prepare
 from lvlmva_core.errors import InputError
 from lvlmva_core.lvlm.settings import Critique, Judge
 from lvlmva_core.methods import METHODS
 from lvlmva_core.regions import Overlap
-from lvlmva_core.segment_settings import Segment
-from lvlmva_core.settings import Count, NonNegative, Positive, Seed, Settings, Share
+from lvlmva_core.segmenters import Segmenter
+from lvlmva_core.settings import Choice, Count, NonNegative, Positive, Seed, Settings, Share
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
@@ -87,8 +87,8 @@ class Params(Settings):
     prepare: Prepare
     train: Train
     rank: Rank
-    attribute: Attribute
-    segment: Segment
+    attribute: AttributionMethod
+    segment: Segmenter
     critique: Critique
     judge: Judge
     mask: Mask
@@ -174,6 +174,17 @@ def load_params(path: Path) -> Params:
     return params
 
 
+def prompts_folder(prompts: Path, key: str, name: str) -> Path:
+    """The folder of prompts that a key of params names. Raises InputError where there is none."""
+    folder = prompts / name
+    if not folder.is_dir():
+        known = ", ".join(sorted(each.name for each in prompts.glob("*/"))) or "none"
+        raise InputError(
+            f"{key} = '{name}': no folder {folder} (there: {known}); name one of these, or copy prompts/generic to it"
+        )
+    return folder
+
+
 def _explain(error: ValidationError, section: type[Settings], place: str) -> str:
     """Say what the first error of a validation is, in one line that names the key and the remedy."""
     first = error.errors(include_url=False, include_context=True)[0]
@@ -184,6 +195,13 @@ def _explain(error: ValidationError, section: type[Settings], place: str) -> str
         close = difflib.get_close_matches(path[-1], known, n=1)
         remedy = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(known)}"
         return f"unknown key '{key}'; {remedy}{more}"
+    if first["type"] == "union_tag_invalid":  # the key that says which of several kinds of section this is
+        tag = first["ctx"]["discriminator"].strip("'")
+        tags = [name.strip("'") for name in first["ctx"]["expected_tags"].split(", ")]
+        return f"'{key}.{tag}' = {first['ctx']['tag']!r}: expected one of {', '.join(tags)}{more}"
+    if first["type"] == "union_tag_not_found":
+        tag = first["ctx"]["discriminator"].strip("'")
+        return f"key '{key}.{tag}' is missing; add it (see presets/ for a complete file){more}"
     if first["type"] == "missing":
         return f"key '{key}' is missing; add it (see presets/ for a complete file){more}"
     message = first["msg"].removeprefix("Value error, ")
@@ -205,14 +223,24 @@ def _place_of(section: type[Settings], location: tuple[Any, ...]) -> tuple[list[
     for part in location:
         if tagged:
             tagged = False
+            kinds = [kind for kind in kinds if part in _names_of(kind)] or kinds
             continue
         path.append(str(part))
-        beside = sorted({name for kind in kinds for name in kind.model_fields})
+        beside = sorted({name for kind in kinds for name in _keys_of(kind)})
         found = [kind.model_fields[part].annotation for kind in kinds if part in kind.model_fields]
         members = [inner for each in found for inner in _models_in(each)]
         tagged = len(found) == 1 and len(members) > 1
         kinds = members
     return path, beside
+
+
+def _names_of(model: Any) -> list[Any]:
+    """Values of the key that tells which kind of section this is, e.g. `prepare.dataset`."""
+    return [value for field in model.model_fields.values() for value in get_args(field.annotation)]
+
+
+def _keys_of(model: Any) -> list[str]:
+    return model.known_keys() if issubclass(model, Choice) else list(model.model_fields)
 
 
 def _models_in(annotation: Any) -> list[Any]:

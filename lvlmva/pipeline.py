@@ -27,7 +27,7 @@ def paths(pipeline: Path = PIPELINE) -> dict[str, str]:
     """Name -> path, from `vars` of dvc.yaml, the only place that names paths; empty where there is no dvc.yaml."""
     return {
         name: path
-        for entry in _read(pipeline).get("vars", [])
+        for entry in _vars(pipeline)
         if isinstance(entry, dict)
         for name, path in entry.get("paths", {}).items()
     }
@@ -103,16 +103,20 @@ def _round_trip() -> Any:
     return yaml
 
 
-def _read(pipeline: Path) -> dict[str, Any]:
-    import yaml
+def _vars(pipeline: Path) -> list[Any]:
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
 
     try:
-        loaded = yaml.load(pipeline.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        text = pipeline.read_text(encoding="utf-8")
+        head = text.partition("\nstages:")[0]  # a tenth of the file, which every stage reads
+        loaded = YAML(typ="safe", pure=True).load(head if re.search(r"^vars:", head, re.MULTILINE) else text)
     except FileNotFoundError:
-        return {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        return []
+    except (OSError, UnicodeDecodeError, YAMLError) as error:
         raise InputError(f"{pipeline}: cannot be read ({error}); restore it with `git checkout {pipeline}`") from error
-    return loaded if isinstance(loaded, dict) else {}
+    found = loaded.get("vars") if isinstance(loaded, dict) else None
+    return found if isinstance(found, list) else []
 
 
 def _files_of(module: str, root: Path) -> Iterator[Path]:

@@ -2,7 +2,6 @@
 
 import difflib
 import io
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +9,7 @@ import typer
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from lvlmva.changes import apply_changes, lay_over
 from lvlmva.params import load_params
 from lvlmva_core.errors import InputError
 
@@ -34,15 +34,8 @@ def preset(
     content = _load(presets / f"{DEFAULT}.yaml" if "prepare" in layer else params)
     for choice in (key for key in WHOLE if key in layer):
         content[choice] = layer[choice]
-    _lay_over(content, layer, name)
-    for change in changes or []:
-        key, separator, value = change.partition("=")
-        if not separator:
-            raise InputError(f"--set {change}: expected section.key=value")
-        layer = YAML(typ="safe", pure=True).load(value)
-        for part in reversed(key.split(".")):
-            layer = {part: layer}
-        _lay_over(content, layer, f"--set {change}")
+    lay_over(content, layer, name)
+    apply_changes(content, changes or [])
     text = io.StringIO()
     _yaml().dump(content, text)
     after = text.getvalue()
@@ -90,14 +83,3 @@ def _load(file: Path) -> Any:
         raise InputError(f"{file}: cannot be read ({error.strerror})") from error
     except YAMLError as error:
         raise InputError(f"{file}: not valid YAML: {error}") from error
-
-
-def _lay_over(content: Any, layer: Any, name: str) -> None:
-    """Put each value of `layer` into `content`, section by section."""
-    if not isinstance(layer, Mapping):
-        raise InputError(f"{name}: expected sections with keys")
-    for key, value in layer.items():
-        if isinstance(value, Mapping) and isinstance(content.get(key), Mapping):
-            _lay_over(content[key], value, f"{name}: {key}")
-        else:
-            content[key] = value

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from lvlmva_core.penalties import penalty_of
 from lvlmva_core.settings import Count, NonNegative, Positive, Seed, Settings
 
 
@@ -11,6 +12,11 @@ def _distinct(seeds: list[int]) -> list[int]:
     if len(set(seeds)) < len(seeds):
         raise ValueError("each seed must stand there once: copies of a run would pass for spread over seeds")
     return seeds
+
+
+def _known_penalty(name: str) -> str:
+    penalty_of(name)
+    return name
 
 
 Seeds = Annotated[list[Seed], Field(min_length=1), AfterValidator(_distinct)]
@@ -50,8 +56,8 @@ class AlignSettings(Settings):
 
     learning_rate_schedule: "constant", or "linear": falls from learning_rate to 0, step by step.
 
-    penalty: "log_probabilities" (the paper's), or "contrast", which a model cannot meet by being unsure
-    (`lvlmva_core.alignment.contrast_penalty`, an extension).
+    penalty: a name of `lvlmva_core.penalties`: "log_probabilities" (the paper's), or "contrast", which a model cannot
+    meet by being unsure (an extension).
     """
 
     rrr_lambda: NonNegative
@@ -66,7 +72,7 @@ class AlignSettings(Settings):
     batch_norm: Literal["train", "frozen"] = "train"
     max_gradient_norm: Positive | None = None
     learning_rate_schedule: Literal["constant", "linear"] = "constant"
-    penalty: Literal["log_probabilities", "contrast"] = "log_probabilities"
+    penalty: Annotated[str, AfterValidator(_known_penalty)] = "log_probabilities"
 
     def candidates(self) -> list[float]:
         """Every λ that is tried, rising."""

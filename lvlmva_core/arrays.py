@@ -99,6 +99,16 @@ def has_array(path: Path, name: str) -> bool:
     return name in zarr.open_group(str(path), mode="r")
 
 
+def array_names(path: Path) -> list[str]:
+    """Names of the arrays of a group that `write_arrays` wrote, sorted. Raises InputError where there is none."""
+    import zarr
+
+    try:
+        return sorted(zarr.open_group(str(path), mode="r").array_keys())
+    except (FileNotFoundError, KeyError, ValueError) as error:
+        raise InputError(f"{path}: not a readable zarr group; {_REPAIR}") from error
+
+
 def write_table(path: Path, table: pd.DataFrame) -> None:
     """Write a table as parquet, without an index, byte for byte the same for the same table."""
     path.parent.mkdir(parents=True, exist_ok=True)

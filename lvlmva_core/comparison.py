@@ -4,7 +4,7 @@ Pandas, scipy and files alone: no model is run, torch is not imported.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -14,6 +14,9 @@ from lvlmva_core.metrics import METRICS, Measured, entropy_auroc, group_accuraci
 from lvlmva_core.outputs import BASE, Outputs
 from lvlmva_core.regions import ON_OBJECT, Overlap, overlaps
 from lvlmva_core.statistics import mean_and_std, wilcoxon_test
+
+if TYPE_CHECKING:
+    from lvlmva_core.lvlm.records import VerdictRow
 
 SUBJECT = "lvlm_va"  # tested against every other method; the others against the base model
 
@@ -130,6 +133,43 @@ def entropy_summary(entropies: np.ndarray, spurious: np.ndarray, label: np.ndarr
     """How well the base model's entropy on the training split marks the spurious feature, overall and per class."""
     per_class = {str(k): entropy_auroc(entropies[label == k], spurious[label == k]) for k in np.unique(label)}
     return {"auroc": entropy_auroc(entropies, spurious), "auroc_per_class": per_class}
+
+
+def flat(values: Runs) -> pd.DataFrame:
+    """One row a model: method, seed, and a column for each "split.metric"."""
+    return pd.DataFrame(
+        [{"method": m, "seed": s, **of_model} for m, by_seed in values.items() for s, of_model in by_seed.items()]
+    )
+
+
+def verdict_summary(
+    records: "Sequence[VerdictRow]",
+    ids: Sequence[str],
+    segments: np.ndarray,
+    attributions: np.ndarray,
+    spurious_masks: np.ndarray,
+    known: np.ndarray,
+    object_masks: np.ndarray | None,
+    *,
+    overlap: Overlap,
+) -> dict[str, Any]:
+    """Who judged, how many samples failed, and `verdicts_against_truth`.
+
+    Args:
+        records: rows of verdicts.jsonl. ids: the N samples of the arrays. overlap: the rule of record.
+    """
+    of_sample = {record.sample: record for record in records}
+    given = [None if of_sample[sample].failure is not None else of_sample[sample].by_region() for sample in ids]
+    return {
+        "critic": sorted({record.critic for record in records}),
+        "judge": sorted({record.judge for record in records}),
+        "critic_settings": next((record.settings for record in records if record.settings), {}),
+        "samples": len(records),
+        "samples_failed": sum(verdict is None for verdict in given),
+        "samples_with_true_mask": int(np.sum(known)),
+        "overlap_of_record": overlap,
+        **verdicts_against_truth(given, segments, attributions, spurious_masks, known, object_masks),
+    }
 
 
 def verdicts_against_truth(

@@ -1,6 +1,7 @@
 """How a model is run: device and threads, eval mode, random draws of its own."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,9 +14,15 @@ from lvlmva_core.errors import InputError
 def set_up_compute(device: str, threads: int) -> torch.device:
     """Fix the CPU threads, flush denormals (they slow a high-λ step tenfold), and return the device.
 
+    Args:
+        device: "cpu", "cuda" or "cuda:<n>".
+
     Raises:
         InputError: a CUDA device is asked for where there is none.
+        ValueError: another device.
     """
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(f"device '{device}': expected cpu, cuda or cuda:<n>")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"compute.device: no CUDA device for '{device}' on this machine; set it to cpu")
     # cuBLAS is deterministic only with a workspace of fixed size, which it reads when it starts

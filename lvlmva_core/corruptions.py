@@ -5,8 +5,7 @@ Blur radii are given for 224 pixels a side and scale with the picture. All code 
 by area instead of smoothed after drawing.
 """
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -53,19 +52,25 @@ def disk(radius: float) -> Tensor:
     return shares / shares.sum()
 
 
-# name -> (what it does, its parameter at severities 1..5)
-CORRUPTIONS: Mapping[str, tuple[Callable[[Tensor, float], Tensor], tuple[float, ...]]] = MappingProxyType(
-    {
-        "gamma_up": (gamma, (1.1, 1.2, 1.3, 1.4, 1.6)),
-        "gamma_down": (gamma, (0.9, 0.8, 0.7, 0.6, 0.4)),
-        "contrast_up": (contrast, (1.1, 1.2, 1.3, 1.4, 1.6)),
-        "contrast_down": (contrast, (0.8, 0.7, 0.6, 0.5, 0.4)),
-        "focus_blur": (focus_blur, (4.0, 5.0, 6.0, 7.0, 8.0)),
-    }
-)
+# name -> (what it does, its parameter at severities 1..5); one is added by a function and a line
+CORRUPTIONS: dict[str, tuple[Callable[[Tensor, float], Tensor], tuple[float, ...]]] = {
+    "gamma_up": (gamma, (1.1, 1.2, 1.3, 1.4, 1.6)),
+    "gamma_down": (gamma, (0.9, 0.8, 0.7, 0.6, 0.4)),
+    "contrast_up": (contrast, (1.1, 1.2, 1.3, 1.4, 1.6)),
+    "contrast_down": (contrast, (0.8, 0.7, 0.6, 0.5, 0.4)),
+    "focus_blur": (focus_blur, (4.0, 5.0, 6.0, 7.0, 8.0)),
+}
 
 
 def corrupt(images: Tensor, name: str, severity: int) -> Tensor:
-    """Apply one corruption to images (N, C, H, W) in [0, 1]; severity 1..5. Raises KeyError for an unknown name."""
+    """Apply one corruption to images (N, C, H, W) in [0, 1].
+
+    Raises:
+        ValueError: no corruption of that name, or a severity that is not 1..5.
+    """
+    if name not in CORRUPTIONS:
+        raise ValueError(f"no corruption '{name}'; expected one of {', '.join(CORRUPTIONS)}")
+    if not 1 <= severity <= SEVERITIES:
+        raise ValueError(f"severity {severity}: expected 1 to {SEVERITIES}")
     apply, parameters = CORRUPTIONS[name]
     return apply(images, parameters[severity - 1])

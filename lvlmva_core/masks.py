@@ -30,6 +30,15 @@ def assemble_mask(segments: "Tensor", verdicts: Mapping[int, str]) -> "Tensor":
 
     Raises:
         ValueError: a region that is present lacks a verdict, or a verdict is none of the three words.
+
+    Examples:
+        Region 1 was rejected; pixels of no region (255) are never masked.
+
+        >>> import torch
+        >>> segments = torch.tensor([[0, 0, 1], [0, 255, 1]])
+        >>> assemble_mask(segments, {0: "yes", 1: "no"})
+        tensor([[False, False,  True],
+                [False, False,  True]])
     """
     import torch  # here, so that the stage `mask` starts without it
 
@@ -63,33 +72,60 @@ class Override:
 
 
 def read_overrides(path: Path) -> list[Override]:
-    """Read an expert's verdicts: a CSV file with the columns sample, segmentation, region, verdict.
+    """Read an expert's verdicts: a CSV file with the columns sample, segmentation, region, verdict; a note may follow.
+
+    As spreadsheets save it: commas or semicolons, with or without a byte order mark, "No" as well as "no", empty rows.
 
     Raises:
-        InputError: the header differs, or a row is malformed or doubled; the message names the line.
+        InputError: the file is missing or not UTF-8, the header differs, or a row is malformed or doubled; the message
+            names the line.
     """
     overrides: dict[tuple[str, str, int], Override] = {}
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            if reader.fieldnames != OVERRIDE_COLUMNS:
-                raise InputError(f"{path}: the first line must be '{','.join(OVERRIDE_COLUMNS)}'")
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            delimiter = ";" if ";" in file.readline() else ","
+            file.seek(0)
+            reader = csv.DictReader(file, delimiter=delimiter)
+            header = reader.fieldnames or []
+            if header not in (OVERRIDE_COLUMNS, [*OVERRIDE_COLUMNS, "note"]):
+                raise InputError(
+                    f"{path}: the first line must be '{','.join(OVERRIDE_COLUMNS)}' (a column note may follow), not "
+                    f"'{','.join(header)}'"
+                )
             for row in reader:
                 where = f"{path}, line {reader.line_num}"
+                if not any(row.values()):
+                    continue
                 if None in row or None in row.values():
-                    raise InputError(f"{where}: expected {len(OVERRIDE_COLUMNS)} values")
-                if row["verdict"] not in VERDICTS:
+                    raise InputError(f"{where}: expected {len(header)} values")
+                verdict = row["verdict"].strip().lower()
+                if verdict not in VERDICTS:
                     raise InputError(f"{where}: verdict '{row['verdict']}' is none of {', '.join(VERDICTS)}")
                 if not row["region"].isdecimal():
                     raise InputError(f"{where}: region '{row['region']}' is not a number")
-                override = Override(row["sample"], row["segmentation"], int(row["region"]), row["verdict"])
+                override = Override(row["sample"], row["segmentation"], int(row["region"]), verdict)
                 key = (override.sample, override.segmentation, override.region)
                 if key in overrides:
                     raise InputError(f"{where}: second verdict for region {override.region} of '{override.sample}'")
                 overrides[key] = override
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; restore it with `git checkout {path}`") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8; save it anew as 'CSV UTF-8'") from error
     return list(overrides.values())
+
+
+def why_stale(override: Override, digests: Mapping[str, str]) -> str:
+    """What an override does not fit, in words.
+
+    Args:
+        digests: sample -> digest of its segmentation, of all samples that can be masked.
+    """
+    if override.sample not in digests:
+        return "the alignment set has no such sample"
+    if digests[override.sample] != override.segmentation:
+        return "it is of another segmentation"
+    return "the segmentation has no such region"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, Literal
 
 from lvlmva_core.comparison import SUBJECT
@@ -26,23 +25,19 @@ class Method:
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
 
-METHODS: Mapping[str, Method] = MappingProxyType(
-    {
-        BASE: Method("base model", "#7f7f7f", "base", "none"),
-        "lambda_zero": Method("control: λ = 0", "#bdbdbd", "penalty", "none", {"rrr_lambda": 0.0}),
-        "random_masks": Method(
-            "control: random masks", "#d9b38c", "penalty", "which pictures LVLM-VA masks, and how much of each"
-        ),
-        "random_pictures": Method("control: random pictures", "#ead7c0", "penalty", "area of LVLM-VA's masks"),
-        "jtt": Method("JTT", "#9edae5", "retrained", "none in training; in validation what jtt.rule says"),
-        "subg": Method("SUBG (group labels)", "#c5b0d5", "retrained", "group labels in training"),
-        "dfr": Method("DFR (group labels)", "#9467bd", "retrained", "group labels of the split that it is refitted on"),
-        SUBJECT: Method("LVLM-VA", "#1f77b4", "penalty", "a description per class; verdicts of the critic"),
-        "rrr_gt": Method(
-            "RRR with true masks (bound)", "#2ca02c", "penalty", "true spurious masks of the alignment set"
-        ),
-    }
-)
+METHODS: dict[str, Method] = {
+    BASE: Method("base model", "#7f7f7f", "base", "none"),
+    "lambda_zero": Method("control: λ = 0", "#bdbdbd", "penalty", "none", {"rrr_lambda": 0.0}),
+    "random_masks": Method(
+        "control: random masks", "#d9b38c", "penalty", "which pictures LVLM-VA masks, and how much of each"
+    ),
+    "random_pictures": Method("control: random pictures", "#ead7c0", "penalty", "area of LVLM-VA's masks"),
+    "jtt": Method("JTT", "#9edae5", "retrained", "none in training; in validation what jtt.rule says"),
+    "subg": Method("SUBG (group labels)", "#c5b0d5", "retrained", "group labels in training"),
+    "dfr": Method("DFR (group labels)", "#9467bd", "retrained", "group labels of the split that it is refitted on"),
+    SUBJECT: Method("LVLM-VA", "#1f77b4", "penalty", "a description per class; verdicts of the critic"),
+    "rrr_gt": Method("RRR with true masks (bound)", "#2ca02c", "penalty", "true spurious masks of the alignment set"),
+}
 
 
 def method(name: str) -> Method:

@@ -22,7 +22,9 @@ def segmentation_digest(segments: np.ndarray) -> str:
     return hashlib.sha256(f"{array.shape}".encode() + array.tobytes()).hexdigest()
 
 
-def overlaps(segments: np.ndarray, spurious_mask: np.ndarray, attribution: np.ndarray, rule: str) -> dict[int, bool]:
+def overlaps(
+    segments: np.ndarray, spurious_mask: np.ndarray, attribution: np.ndarray, rule: Overlap
+) -> dict[int, bool]:
     """Say for each region that is present whether it counts as overlapping the spurious feature.
 
     Verdict accuracy hangs on this rule, which LVLM-VA §5 leaves open; a figure means something only beside its name.

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+Record = dict[str, np.ndarray]  # what `Store.put_arrays` keeps under one key
+
 ARRAYS_SCHEMA = 1
 POLL_S = 0.05  # how often a lock is tried that another holds
 HYDRATED = "hydrated"  # folder of marks: which committed outputs the store has already taken in

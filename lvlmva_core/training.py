@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lvlmva_core.adam import Adam
 from lvlmva_core.compute import own_draws
 from lvlmva_core.errors import InputError
 from lvlmva_core.models import predict_logits
@@ -86,7 +87,7 @@ def train_classifier(
     seen = rows.unique()
     seen_images, seen_labels = (images, labels) if len(seen) == len(images) else (images[seen], labels[seen])
     model.to(memory_format=torch.channels_last)  # convolutions are faster so
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    optimizer = Adam(model.parameters(), learning_rate, weight_decay=weight_decay, decoupled=True)
     curve: list[dict[str, float]] = []
     saved = checkpoint.load() if checkpoint else None
     if saved:

@@ -2,13 +2,10 @@
 
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-
 from lvlmva.entry import run
 from lvlmva.params import load_params
 from lvlmva_core.arrays import read_array, read_attrs, read_json, read_table, write_json
-from lvlmva_core.comparison import entropy_summary, measure, over_seeds, tests, verdicts_against_truth
+from lvlmva_core.comparison import entropy_summary, flat, measure, over_seeds, tests, verdict_summary
 from lvlmva_core.lvlm.records import VerdictRow, read_rows
 from lvlmva_core.outputs import BASE, read_outputs
 from lvlmva_core.samples import read_object_masks, read_samples, read_spurious_masks, rows_of_ids
@@ -38,45 +35,27 @@ def compare(
     values, per_group = measure(outputs, table, masks)
     of_training = read_table(entropies, ["id", "entropy", "label"])
     spurious = table["spurious"].to_numpy()[rows_of_ids(table, of_training["id"].tolist())]
+    judged = list(read_attrs(segments)["ids"])
+    rows = rows_of_ids(table, judged)
     content = {
         "methods": over_seeds(values),
         "tests": tests(values),
         "alignment_set": read_json(rank_metrics)["rank"],
         "entropy": entropy_summary(of_training["entropy"].to_numpy(), spurious, of_training["label"].to_numpy()),
-        "verdicts": _verdicts(table, spurious_masks, attributions, segments, verdicts),
+        "verdicts": verdict_summary(
+            read_rows(verdicts, VerdictRow),
+            judged,
+            read_array(segments, "segments"),
+            read_array(attributions, "attributions"),
+            *read_spurious_masks(spurious_masks, rows),
+            read_object_masks(spurious_masks, rows),
+            overlap=loaded.compare.overlap,
+        ),
     }
-    content["verdicts"]["overlap_of_record"] = loaded.compare.overlap
     write_json(evaluation, content)
     groups.parent.mkdir(parents=True, exist_ok=True)
     per_group.to_csv(groups, index=False)
-    flat = [{"method": m, "seed": s, **of_model} for m, by_seed in values.items() for s, of_model in by_seed.items()]
-    pd.DataFrame(flat).to_csv(runs, index=False)
-
-
-def _verdicts(
-    table: pd.DataFrame, spurious_masks: Path, attributions: Path, segments: Path, verdicts: Path
-) -> dict[str, object]:
-    records = {row.sample: row for row in read_rows(verdicts, VerdictRow)}
-    ids = list(read_attrs(segments)["ids"])
-    rows = rows_of_ids(table, ids)
-    masks, known = read_spurious_masks(spurious_masks, rows)
-    given = [None if records[sample].failure is not None else records[sample].by_region() for sample in ids]
-    return {
-        "critic": sorted({record.critic for record in records.values()}),
-        "judge": sorted({record.judge for record in records.values()}),
-        "critic_settings": next((record.settings for record in records.values() if record.settings), {}),
-        "samples": len(records),
-        "samples_failed": sum(verdict is None for verdict in given),
-        "samples_with_true_mask": int(np.sum(known)),
-        **verdicts_against_truth(
-            given,
-            read_array(segments, "segments"),
-            read_array(attributions, "attributions"),
-            masks,
-            known,
-            read_object_masks(spurious_masks, rows),
-        ),
-    }
+    flat(values).to_csv(runs, index=False)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ import numpy as np
 from lvlmva.entry import run
 from lvlmva.params import load_params
 from lvlmva_core.arrays import read_array, read_attrs, write_arrays
-from lvlmva_core.attribution.methods import METHODS
 from lvlmva_core.compute import set_up_compute
+from lvlmva_core.errors import InputError
 from lvlmva_core.models import load_checkpoint
 from lvlmva_core.ranking import by_class_in_turn, masked_share
 from lvlmva_core.samples import read_samples, rows_of_ids
@@ -22,6 +22,8 @@ def explain(
     loaded = load_params(params)
     device = set_up_compute(loaded.compute.device, loaded.compute.threads)
     table, before, masked = read_samples(samples), read_attrs(attributions), list(read_attrs(masks)["ids"])
+    if before["method"] != loaded.attribute.method:
+        raise InputError(f"{attributions}: by {before['method']}, not attribute.method; run `dvc repro attribute`")
     row_of = {sample: row for row, sample in enumerate(before["ids"])}
     maps = read_array(attributions, "attributions")[[row_of[sample] for sample in masked]]
     shares = masked_share(maps, read_array(masks, "masks"))
@@ -32,10 +34,7 @@ def explain(
     baselines = read_sample_rows(images, table, list(before["baseline_ids"]), device)
     checkpoint = sorted((models / "lvlm_va").glob("seed=*.safetensors"))[0]
     model, _ = load_checkpoint(checkpoint, device)
-    config = loaded.attribute
-    explained = METHODS[before["method"]].explain(
-        model, shown.images, baselines.images, shown.labels, config.batch_size, config.integration_steps
-    )
+    explained = loaded.attribute.explain(model, shown.images, baselines.images, shown.labels)
     found = {"attributions": explained.attributions.sum(1).cpu().numpy(), "masked_share": np.asarray(shares[chosen])}
     write_arrays(explanations, found, {"ids": ids, "method": before["method"], "model": checkpoint.stem})
 

@@ -9,7 +9,7 @@ from lvlmva.params import load_params
 from lvlmva_core.arrays import read_array, read_attrs, write_arrays, write_json
 from lvlmva_core.errors import InputError
 from lvlmva_core.lvlm.records import VerdictRow, read_rows
-from lvlmva_core.masks import assemble_masks, read_overrides
+from lvlmva_core.masks import assemble_masks, read_overrides, why_stale
 from lvlmva_core.regions import segmentation_digest
 
 
@@ -34,8 +34,8 @@ def mask(params: Path, segments: Path, verdicts: Path, overrides: Path, masks: P
     result = assemble_masks(ids, label_maps, given, {**no_region, **failures}, read_overrides(overrides))
     for override in result.stale:
         typer.echo(
-            f"stale override: {overrides}: region {override.region} of '{override.sample}' is of another segmentation; "
-            "review it again or delete the row",
+            f"stale override: {overrides}: region {override.region} of '{override.sample}': "
+            f"{why_stale(override, digests)}; review it again or delete the row",
             err=True,
         )
     if len(result.left_out) > config.max_failed_share * len(ids):

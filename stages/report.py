@@ -3,17 +3,14 @@
 from pathlib import Path
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 from lvlmva.entry import run
 from lvlmva.params import load_params
 from lvlmva_core.arrays import read_array, read_attrs, read_json, read_table
 from lvlmva_core.comparison import SUBJECT
-from lvlmva_core.methods import METHODS
 from lvlmva_core.outputs import BASE, read_outputs
-from lvlmva_core.report import diagnostics, figures, tables
-from lvlmva_core.report.page import render_page
-from lvlmva_core.report.panel import panel_of
+from lvlmva_core.report.figures import save_figure
+from lvlmva_core.report.findings import Findings, figures_of, page_of
 from lvlmva_core.samples import read_images, read_samples, rows_of_ids
 
 
@@ -33,75 +30,32 @@ def report(
     reports: Path,
 ) -> None:
     """Draw the figures and write the page."""
-    loaded, content = load_params(params), read_json(evaluation)
-    table, about = read_samples(samples), read_attrs(images)
-    who = tables.judged_by(content)
-    aligned = {name: pd.read_csv(curves / f"{name}.csv") for name in loaded.methods}
-    shown = list(read_attrs(explanations)["ids"])
-    of_training = read_table(entropies, ["id", "entropy"])
-    has = table["spurious"].to_numpy()[rows_of_ids(table, of_training["id"].tolist())]
-    test = table[table["split"] == "test"]
-    features = {name: read_outputs(evaluations / f"{name}.safetensors").features for name in (BASE, SUBJECT)}
-    drawn: dict[str, tuple[str, Figure]] = {
-        "outcome": (
-            "Before and after, on the test split; bars are means over seeds, whiskers standard deviations.",
-            figures.outcome_figure(tables.bars(content), f"{about['dataset']}; {who}"),
-        ),
-        "differences": (
-            "Difference to the one base model; bars are means over seeds, whiskers standard deviations.",
-            figures.differences_figure(
-                tables.differences(content), content["methods"][SUBJECT]["seeds"], f"{about['dataset']}; {who}"
-            ),
-        ),
-        "panel": (
-            "Alignment samples, class by class in turn, most masked attribution first; red raises the logit.",
-            panel_of(
-                table,
-                shown,
-                read_images(images, rows_of_ids(table, shown)),
-                about["class_names"],
-                who,
-                {
-                    name: (read_attrs(path), read_array(path, array))
-                    for name, path, array in (
-                        ("before", attributions, "attributions"),
-                        ("segments", segments, "segments"),
-                        ("masks", masks, "masks"),
-                        ("after", explanations, "attributions"),
-                    )
-                },
-                read_array(explanations, "masked_share"),
-            ),
-        ),
-        "curves": (
-            "Validation accuracy during alignment.",
-            figures.curves_figure(aligned, read_json(train_metrics)["train"]["val_accuracy"]),
-        ),
-        "entropy": (
-            "Output entropy of training samples with and without the spurious feature.",
-            diagnostics.entropy_figure(of_training["entropy"].to_numpy(), has, content["entropy"]["auroc"]),
-        ),
-        "embeddings": (
-            "Embeddings of test samples before and after alignment.",
-            diagnostics.embeddings_figure(
-                {METHODS[name].label: found for name, found in features.items()},
-                test["label"].to_numpy(),
-                test["spurious"].to_numpy(),
-                about["class_names"],
-            ),
-        ),
-    }
-    reports.mkdir(parents=True, exist_ok=True)
-    for name, (_, figure) in drawn.items():
-        figures.save_figure(figure, reports / f"{name}.png")
-    page = render_page(
-        title=f"LVLM-VA on {about['dataset']}",
-        summary=f"Spurious feature: {about['spurious_feature']}. {who[0].upper()}{who[1:]}.",
-        warning=tables.warning_of(content["verdicts"]),
-        tables=tables.page_tables(content),
-        figures={caption: reports / f"{name}.png" for name, (caption, _) in drawn.items()},
-        params=params.read_text(encoding="utf-8"),
+    loaded = load_params(params)
+    shown, table = list(read_attrs(explanations)["ids"]), read_samples(samples)
+    arrays = (
+        ("before", attributions, "attributions"),
+        ("segments", segments, "segments"),
+        ("masks", masks, "masks"),
+        ("after", explanations, "attributions"),
     )
+    parts = {name: (read_attrs(path), read_array(path, array)) for name, path, array in arrays}
+    found = Findings(
+        content=read_json(evaluation),
+        about=read_attrs(images),
+        samples=table,
+        curves={name: pd.read_csv(curves / f"{name}.csv") for name in loaded.methods},
+        base_accuracy=read_json(train_metrics)["train"]["val_accuracy"],
+        entropies=read_table(entropies, ["id", "entropy"]),
+        features={name: read_outputs(evaluations / f"{name}.safetensors").features for name in (BASE, SUBJECT)},
+        shown=shown,
+        pictures=read_images(images, rows_of_ids(table, shown)),
+        panel=(parts, read_array(explanations, "masked_share")),
+    )
+    drawn = figures_of(found)
+    for name, (_, figure) in drawn.items():
+        save_figure(figure, reports / f"{name}.png")
+    pictures = {caption: reports / f"{name}.png" for name, (caption, _) in drawn.items()}
+    page = page_of(found, pictures, params.read_text(encoding="utf-8"))
     (reports / "report.html").write_text(page, encoding="utf-8")
 
 

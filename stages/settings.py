@@ -1,17 +1,24 @@
-"""Stage settings: what params say of each method after inheritance, a file each."""
+"""Stage settings: what params say of each method after inheritance, and which prompts they name; a file each."""
 
 from pathlib import Path
 
 from lvlmva.entry import run
-from lvlmva.params import load_params
+from lvlmva.params import load_params, prompts_folder
 from lvlmva_core.arrays import write_json
+from lvlmva_core.lvlm.prompts import CRITIC_FILES, JUDGE_FILES, prompts_digest
 
 
-def settings(params: Path, settings: Path) -> None:
-    """Write the settings of each method, so that one is trained anew only when its own change."""
+def settings(params: Path, prompts: Path, settings: Path) -> None:
+    """Write what each method and each prompt is made of, so that what follows runs anew only when its own changes."""
     loaded = load_params(params)
     for name, chosen in loaded.chosen_methods().items():
         write_json(settings / f"{name}.json", chosen.model_dump())
+    for section, name, files in (
+        ("critique", loaded.critique.prompts, CRITIC_FILES),
+        ("judge", loaded.judge.prompts, JUDGE_FILES),
+    ):
+        folder = prompts_folder(prompts, f"{section}.prompts", name)
+        write_json(settings / f"{section}_prompts.json", {"sha256": prompts_digest(folder, *files)})
 
 
 if __name__ == "__main__":

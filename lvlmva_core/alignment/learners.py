@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lvlmva_core.alignment.penalties import PENALTIES
+from lvlmva_core.adam import Adam
 from lvlmva_core.alignment.stacked_mlp import StackedMlp
 from lvlmva_core.models import predict_logits
+from lvlmva_core.penalties import penalty_of
 
 if TYPE_CHECKING:
     from lvlmva_core.align_settings import AlignSettings
@@ -33,7 +34,7 @@ class Learner(Protocol):
     """R runs that take their steps together."""
 
     totals: Tensor  # float64 (R, 2): sums over steps of cross-entropy and penalty
-    optimizer: torch.optim.Adam
+    optimizer: Adam
 
     def step(self, rows: Tensor, chosen: Tensor) -> None:
         """One step of every run on training samples `rows` (R, b) and alignment samples `chosen` (R, a)."""
@@ -62,7 +63,7 @@ class Single:
         self.masks = data.masks if data.masks.ndim == 3 else data.masks[0]
         mixed = settings.precision == "bfloat16"
         self.mixed = torch.autocast(data.images.device.type, torch.bfloat16, enabled=mixed)
-        self.optimizer = _adam(list(self.model.parameters()), settings.learning_rate)
+        self.optimizer = Adam(self.model.parameters(), settings.learning_rate, fused=True)
         self.totals = torch.zeros((1, 2), dtype=torch.float64, device=data.images.device)
 
     def step(self, rows: Tensor, chosen: Tensor) -> None:
@@ -93,7 +94,7 @@ class Single:
 
     def _penalty(self, images: Tensor, chosen: Tensor) -> Tensor:
         labels = self.data.alignment_labels[chosen]
-        return PENALTIES[self.settings.penalty](self.model, images, self.masks[chosen], labels)
+        return penalty_of(self.settings.penalty).measure(self.model, images, self.masks[chosen], labels)
 
     def logits(self, images: Tensor) -> Tensor:
         self.model.eval()
@@ -132,7 +133,7 @@ class Stack:
         self.run = torch.arange(len(lambdas), device=images.device)[:, None]
         # the gradient of γ Σ θ² is 2 γ θ, which is what Adam calls weight decay; `_clip` adds it itself
         decay = 2 * settings.gamma if settings.max_gradient_norm is None else 0.0
-        self.optimizer = _adam(self.stack.parameters(), settings.learning_rate, weight_decay=decay)
+        self.optimizer = Adam(self.stack.parameters(), settings.learning_rate, weight_decay=decay, fused=True)
         self.totals = torch.zeros((len(lambdas), 2), dtype=torch.float64, device=images.device)
 
     def step(self, rows: Tensor, chosen: Tensor) -> None:
@@ -213,18 +214,3 @@ class Graphed:
             with torch.cuda.graph(self.graph):
                 self.step(*self.inputs)
         self.graph.replay()
-
-
-def _adam(parameters: list[Tensor], learning_rate: float, weight_decay: float = 0.0) -> torch.optim.Adam:
-    on_cuda = parameters[0].device.type == "cuda"
-    # a captured graph reads the rate from a tensor, and so sees it change
-    rate = torch.tensor(learning_rate, device=parameters[0].device) if on_cuda else learning_rate
-    return torch.optim.Adam(parameters, lr=rate, weight_decay=weight_decay, fused=True, capturable=on_cuda)
-
-
-def set_learning_rate(optimizer: torch.optim.Adam, rate: float) -> None:
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate

@@ -10,11 +10,12 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from lvlmva_core.alignment.learners import Batches, Graphed, Learner, Single, Stack, set_learning_rate
+from lvlmva_core.alignment.learners import Batches, Graphed, Learner, Single, Stack
 from lvlmva_core.alignment.selection import Selection
-from lvlmva_core.alignment.stacked_mlp import CLOSED_FORM, linear_layers
+from lvlmva_core.alignment.stacked_mlp import linear_layers
 from lvlmva_core.compute import own_draws
 from lvlmva_core.errors import InputError
+from lvlmva_core.penalties import penalty_of
 from lvlmva_core.progress import track
 from lvlmva_core.resume import Checkpoint, Resume
 from lvlmva_core.samples import Split
@@ -96,7 +97,7 @@ def align_ensemble(
     for name, available in (("alignment_batch", len(alignment.images)), ("training_batch", len(training.images))):
         if getattr(settings, name) > available:
             raise InputError(f"{name} is {getattr(settings, name)}, but there are {available} such samples; lower it")
-    layers = linear_layers(model) if settings.penalty in CLOSED_FORM else None
+    layers = linear_layers(model) if penalty_of(settings.penalty).closed_form else None
     if linear_layers(model) is not None and settings.precision != "float32":
         raise InputError(
             f"precision: a ReLU MLP is trained in float32 only, not {settings.precision}; set it to float32"
@@ -161,7 +162,7 @@ def _train(
                 if settings.learning_rate_schedule == "linear":
                     taken = (epoch - 1) * steps + n
                     rate = settings.learning_rate * (1 - taken / (epochs * steps))
-                    set_learning_rate(learner.optimizer, rate)
+                    learner.optimizer.set_learning_rate(rate)
                 step(rows[n], chosen[n])
         totals = learner.totals.tolist()
         for n in going:

@@ -112,6 +112,9 @@ def selection_of(settings: "AlignSettings", validation: Split, alignment: Split,
     Args:
         masks: bool (n, H, W), or (R, n, H, W) for runs with masks of their own, of which the first run's make the
             pseudo-groups.
+
+    Raises:
+        ValueError: another rule than those of SUPERVISION.
     """
     chosen = settings.selection
     if chosen is None:
@@ -122,6 +125,8 @@ def selection_of(settings: "AlignSettings", validation: Split, alignment: Split,
     if chosen.rule == "worst_group":
         has_spurious = torch.from_numpy(validation.table["spurious"].to_numpy(copy=True)).to(images.device)
         return by_worst_group(images, labels, has_spurious)
+    if chosen.rule != "pseudo_group":
+        raise ValueError(f"rule '{chosen.rule}': expected one of {', '.join(SUPERVISION)}")
     donors = masks if masks.ndim == 3 else masks[0]
     return by_pseudo_group(images, labels, alignment.images, alignment.labels, donors, chosen.seed)
 

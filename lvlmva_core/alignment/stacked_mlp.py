@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lvlmva_core.models import Mlp
-
-CLOSED_FORM = ("log_probabilities", "contrast")  # penalties of `lvlmva_core.alignment.penalties` that stand here too
+from lvlmva_core.penalties import penalty_of
 
 
 def linear_layers(model: nn.Module) -> list[tuple[str, nn.Linear]] | None:
@@ -30,12 +29,6 @@ def linear_layers(model: nn.Module) -> list[tuple[str, nn.Linear]] | None:
     layers = [(name, module) for name, module in children[1::2] if isinstance(module, nn.Linear)]
     plain = len(layers) == len(children) // 2 and all(layer.bias is not None for _, layer in layers)
     return layers if plain else None
-
-
-def contrast_weights(labels: Tensor, n_classes: int, dtype: torch.dtype) -> Tensor:
-    """What the logits are weighted by in the contrast of a class with the mean of the others: (...) -> (..., K)."""
-    own = functional.one_hot(labels, n_classes).to(dtype)
-    return own - (1 - own) / (n_classes - 1)
 
 
 class StackedMlp:
@@ -89,14 +82,14 @@ class StackedMlp:
             labels: int64 (R, I).
             masks: (R, a, D) of the images' dtype, 1 where the gradient of the first `a` samples is to vanish.
             rrr_lambda: (R,), or None for no penalty at all.
-            penalty: one of CLOSED_FORM.
+            penalty: name of a penalty of `lvlmva_core.penalties` that has a closed form.
 
         Returns:
             cross_entropy (R,) and penalty (R,), both before λ; the penalty is 0 where λ is 0.
         """
-        if penalty not in CLOSED_FORM:
-            raise ValueError(f"penalty '{penalty}': expected one of {', '.join(CLOSED_FORM)}")
-        contrast = penalty == "contrast"
+        closed = penalty_of(penalty).closed_form
+        if closed is None:
+            raise ValueError(f"penalty '{penalty}' has no closed form; train by double backward")
         size, n_classes, n_masked = labels.shape[1], self.weights[-1].shape[1], masks.shape[1]
         inputs, active = [rows[:, :size]], []
         for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
@@ -114,9 +107,7 @@ class StackedMlp:
         if rrr_lambda is not None:
             # d (what the penalty differentiates) / d (output of each layer), from the logits down to the pixels
             p_masked = p[:, :n_masked]
-            down = [
-                contrast_weights(labels[:, :n_masked], n_classes, p.dtype) if contrast else 1 - n_classes * p_masked
-            ]
+            down = [closed.slope(p_masked, labels[:, :n_masked])]
             for weight, on in zip(reversed(self.weights[1:]), reversed(active), strict=True):
                 down.insert(0, torch.bmm(down[0], weight).mul_(on[:, :n_masked]))
             gradient = torch.bmm(down[0], self.weights[0]).mul_(masks)
@@ -125,10 +116,9 @@ class StackedMlp:
             up = [torch.mul(gradient, 2 / size * rrr_lambda[:, None, None], out=rows[:, size:])]
             for weight, on in zip(self.weights[:-1], active, strict=True):
                 up.append(torch.bmm(up[-1], weight.transpose(1, 2)).mul_(on[:, :n_masked]))
-            if not contrast:  # which is linear in the logits
+            if closed.curvature is not None:
                 at_top = torch.bmm(up[-1], self.weights[-1].transpose(1, 2))
-                curved = p_masked * (at_top - (p_masked * at_top).sum(2, keepdim=True))
-                at_logits[:, :n_masked] -= n_classes * curved
+                at_logits[:, :n_masked] += closed.curvature(p_masked, at_top)
 
         at_output = at_logits
         for layer in reversed(range(len(self.weights))):

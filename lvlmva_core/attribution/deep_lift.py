@@ -79,6 +79,19 @@ def deep_lift_shap(
         CompletenessError: the maps do not add up, as when inputs or weights are not finite.
         InputError: shapes, dtypes, devices or classes do not fit.
         torch.OutOfMemoryError: not even one pair fits; before, a RuntimeWarning says that batch_size was halved.
+
+    Examples:
+        A unit that fires when x_0 + x_1 > 1. The gradient at (1, 1) is 1 for each pixel, twice of what happened between
+        the black baseline and the image; the attributions add up to it.
+
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(2, 1), nn.ReLU(), nn.Linear(1, 2, bias=False))
+        >>> model[1].weight, model[1].bias = nn.Parameter(torch.ones(1, 2)), nn.Parameter(torch.tensor([-1.0]))
+        >>> model[3].weight = nn.Parameter(torch.tensor([[1.0], [0.0]]))
+        >>> image, baselines = torch.ones(1, 1, 1, 2), torch.zeros(1, 1, 1, 2)
+        >>> deep_lift_shap(model, image, baselines, target=0)
+        tensor([[[[0.5000, 0.5000]]]])
+        >>> (model(image) - model(baselines))[0, 0].item()
+        1.0
     """
     return explain(
         model,

@@ -1,15 +1,18 @@
-"""Data sets by name; each yields the same prepared arrays and table."""
+"""Data sets: each a module that holds its settings and what they build, entered in `lvlmva_core.datasets.registry`.
+
+All give the same prepared arrays and table. At its top a module imports no more than numpy, pandas and pydantic, since
+every stage reads params.yaml.
+"""
 
 import hashlib
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from lvlmva_core.datasets.settings import Prepare
+from lvlmva_core.arrays import write_arrays, write_table
 from lvlmva_core.errors import InputError
 from lvlmva_core.samples import COLUMNS
 
@@ -32,15 +35,6 @@ class Dataset:
     spurious_masks: np.ndarray
     known: np.ndarray
     object_masks: np.ndarray | None = None
-
-
-def prepare_dataset(config: Prepare) -> Dataset:
-    """Build the data set that params name.
-
-    Raises:
-        InputError: the raw data is missing or malformed; the message says what was expected where.
-    """
-    return REGISTRY[config.dataset](config)
 
 
 def assemble(
@@ -90,44 +84,17 @@ def assemble(
     )
 
 
-def _decoy_digits(config: Prepare) -> Dataset:
-    from lvlmva_core.datasets.decoy import decoy_digits
-
-    return decoy_digits(config.seed)
-
-
-def _decoy_mnist(config: Prepare) -> Dataset:
-    from lvlmva_core.datasets.decoy import decoy_mnist
-
-    if config.root is None:
-        raise InputError("prepare.root is null: set it to the folder that holds MNIST/raw/*.gz for decoy_mnist")
-    return decoy_mnist(Path(config.root), config.seed)
+def write_dataset(dataset: Dataset, images: Path, samples: Path, spurious_masks: Path) -> None:
+    """Write a data set as the stages read it: two zarr groups and a table."""
+    attrs = attrs_of(dataset.name, dataset.class_names, dataset.spurious_feature)
+    write_arrays(images, {"images": dataset.images}, attrs)
+    masks = {"spurious_masks": dataset.spurious_masks, "known": dataset.known}
+    if dataset.object_masks is not None:
+        masks["object_masks"] = dataset.object_masks
+    write_arrays(spurious_masks, masks, attrs)
+    write_table(samples, dataset.samples)
 
 
-def _knee(config: Prepare) -> Dataset:
-    from lvlmva_core.datasets.knee import knee
-
-    assert config.knee is not None  # config.Prepare sees to both
-    assert config.image_size is not None
-    return knee(_root(config), config.knee, config.image_size, config.seed)
-
-
-def _skin(config: Prepare) -> Dataset:
-    from lvlmva_core.datasets.skin import skin
-
-    assert config.skin is not None
-    assert config.image_size is not None
-    return skin(_root(config), config.skin, config.image_size, config.seed)
-
-
-def _root(config: Prepare) -> Path:
-    if config.root is None:
-        raise InputError(
-            f"prepare.root is null: set it to the folder or tar of the {config.dataset} set (docs/data.md)"
-        )
-    return Path(config.root).expanduser()
-
-
-REGISTRY: Mapping[str, Callable[[Prepare], Dataset]] = MappingProxyType(
-    {"decoy_digits": _decoy_digits, "decoy_mnist": _decoy_mnist, "knee": _knee, "skin": _skin}
-)
+def attrs_of(name: str, class_names: list[str], spurious_feature: str) -> dict[str, Any]:
+    """Attributes of both groups."""
+    return {"dataset": name, "class_names": class_names, "spurious_feature": spurious_feature}

@@ -3,16 +3,38 @@
 import gzip
 import math
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from lvlmva_core.datasets import Dataset, assemble
+from lvlmva_core.datasets.settings import PrepareSettings
 from lvlmva_core.errors import InputError
 
 SIZE = 28  # pixels a side
 DECOY = 4  # pixels a side
 DIGITS = [str(digit) for digit in range(10)]
 FEATURE = "a grey 4x4 square in a corner"
+
+
+class DecoyDigits(PrepareSettings):
+    """DecoyDigits: comes with scikit-learn, so that `root` is not read."""
+
+    dataset: Literal["decoy_digits"] = "decoy_digits"
+
+    def prepare(self) -> Dataset:
+        """`decoy_digits`."""
+        return decoy_digits(self.seed)
+
+
+class DecoyMnist(PrepareSettings):
+    """DecoyMNIST: root is the folder that holds MNIST/raw/*.gz."""
+
+    dataset: Literal["decoy_mnist"] = "decoy_mnist"
+
+    def prepare(self) -> Dataset:
+        """`decoy_mnist`."""
+        return decoy_mnist(self.folder(), self.seed)
 
 
 def decoy_digits(seed: int) -> Dataset:

@@ -4,15 +4,18 @@ import hashlib
 import re
 import zlib
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import pandas as pd
+from pydantic import Field
 
 from lvlmva_core.datasets import Dataset, assemble
 from lvlmva_core.datasets.balance import choose_per_group, shares_to_counts
 from lvlmva_core.datasets.pictures import inside, opened, read_csv, read_picture
-from lvlmva_core.datasets.settings import Knee
+from lvlmva_core.datasets.settings import PrepareSettings
 from lvlmva_core.errors import InputError
+from lvlmva_core.settings import Count, Settings, Share
 
 CLASSES = ["healthy", "arthritic"]
 GRADES = {"0": 0, "3": 1}  # Kellgren-Lawrence grade -> label
@@ -20,6 +23,33 @@ FEATURE = "a lead marker (letter L or R) at the edge of the radiograph"
 SPLITS = ("train", "val", "test")
 JOINT_ROWS = (0.32, 0.72)  # share of the height within which the joint lies; no tag reaches into it
 OVERSAMPLING = 8  # markers are drawn this much larger and averaged down
+
+
+class Knee(Settings):
+    """How many knees a class, and on which share of the training knees a lead marker stands.
+
+    val_groups: balanced, or as_training: with the shares of the training split.
+    """
+
+    train_per_class: Count
+    val_per_class: Count
+    test_per_class: Count
+    tag_share_healthy: Share
+    tag_share_arthritic: Share
+    val_groups: Literal["balanced", "as_training"] = "balanced"
+    negatives: Literal["leave_out", "invert"]
+
+
+class KneePrepare(PrepareSettings):
+    """Knee radiographs: root is a folder or tar archive (`knee`). image_size: pixels a side."""
+
+    dataset: Literal["knee"] = "knee"
+    image_size: Annotated[int, Field(ge=32, le=1024)]
+    knee: Knee
+
+    def prepare(self) -> Dataset:
+        """`knee`."""
+        return knee(self.folder(), self.knee, self.image_size, self.seed)
 
 
 def knee(root: Path, config: Knee, size: int, seed: int) -> Dataset:

@@ -2,20 +2,56 @@
 
 import zlib
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
+from pydantic import Field, model_validator
 
 from lvlmva_core.datasets import Dataset, assemble
 from lvlmva_core.datasets.balance import choose_per_group, shares_to_counts
 from lvlmva_core.datasets.pictures import inside, opened, read_coverage, read_csv, read_picture
-from lvlmva_core.datasets.settings import Skin
+from lvlmva_core.datasets.settings import PrepareSettings
 from lvlmva_core.errors import InputError
+from lvlmva_core.settings import Count, Settings, Share
 
 CLASSES = ["benign", "malignant"]
 FEATURE = "a coloured bandage at the edge of the picture"
 SPLITS = ("train", "val", "test")
 DONOR_SHARES = {"train": 0.6, "val": 0.15, "test": 0.25}  # of the pictures that bandages are cut from
 PLACES = 8  # tried for a bandage; the one that hides least of the lesion is taken
+
+
+class Skin(Settings):
+    """How many lesions a class, which bandages, and on which share of the training pictures they lie.
+
+    val_groups: balanced, or as_training: with the shares of the training split.
+    """
+
+    train_per_class: Count
+    val_per_class: Count
+    test_per_class: Count
+    bandages: Literal["real", "pasted"]
+    bandage_share_benign: Share
+    bandage_share_malignant: Share
+    val_groups: Literal["balanced", "as_training"] = "balanced"
+
+    @model_validator(mode="after")
+    def _real_bandages_are_on_benign_lesions(self) -> "Skin":
+        if self.bandages == "real" and self.bandage_share_malignant > 0:
+            raise ValueError("bandage_share_malignant must be 0 with bandages 'real': no malignant lesion has one")
+        return self
+
+
+class SkinPrepare(PrepareSettings):
+    """Skin lesions: root is a folder or tar archive (`skin`). image_size: pixels a side."""
+
+    dataset: Literal["skin"] = "skin"
+    image_size: Annotated[int, Field(ge=32, le=1024)]
+    skin: Skin
+
+    def prepare(self) -> Dataset:
+        """`skin`."""
+        return skin(self.folder(), self.skin, self.image_size, self.seed)
 
 
 def skin(root: Path, config: Skin, size: int, seed: int) -> Dataset:

@@ -16,7 +16,7 @@ import numpy as np
 from lvlmva_core.errors import InputError
 from lvlmva_core.lvlm.cases import Case
 from lvlmva_core.lvlm.settings import OracleCritic
-from lvlmva_core.regions import ON_OBJECT, overlaps, regions_present
+from lvlmva_core.regions import ON_OBJECT, Overlap, overlaps, regions_present
 from lvlmva_core.render import COLOUR_NAMES
 
 REPLAY = "replay"
@@ -132,7 +132,7 @@ def criticise_by_oracle(
     spurious_mask: np.ndarray,
     attribution: np.ndarray,
     *,
-    rule: str,
+    rule: Overlap,
     false_positive_rate: float,
     false_negative_rate: float,
     seed: int,
@@ -148,7 +148,7 @@ def criticise_by_oracle(
 
     Args:
         segments: uint8 (H, W); 255 = none. spurious_mask, object_mask: bool (H, W). attribution: float (H, W).
-        rule: of `lvlmva_core.overlap.overlaps`, for the spurious feature; a region lies on the object by
+        rule: of `lvlmva_core.regions.overlaps`, for the spurious feature; a region lies on the object by
             "majority_of_attribution".
     """
     if object_mask is None:

@@ -1,16 +1,25 @@
 """Prompts from files: one folder per data set with critic.j2, judge.j2 and specification.yaml."""
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from lvlmva_core.errors import InputError
 
-Text = Annotated[str, Field(min_length=1)]
+CRITIC_FILES = ("critic.j2", "specification.yaml")
+JUDGE_FILES = ("judge.j2",)
+
+
+def _said(text: str) -> str:
+    if text in ("~", "null"):  # all of a specification is read as text
+        raise ValueError("nothing is said here; write a description")
+    return text
+
+
+Text = Annotated[str, Field(min_length=1), AfterValidator(_said)]
 
 
 class Specification(BaseModel):
@@ -65,12 +74,12 @@ def load_critic_prompts(folder: Path, class_names: list[str]) -> Prompts:
         raise InputError(
             f"{folder / 'specification.yaml'}: no description for the class '{missing[0]}'; add it under 'classes'"
         )
-    return _prompts(folder / "critic.j2", specification, _digest(folder, "critic.j2", "specification.yaml"))
+    return _prompts(folder / "critic.j2", specification, prompts_digest(folder, *CRITIC_FILES))
 
 
 def load_judge_prompts(folder: Path) -> Prompts:
     """Read judge.j2. Raises InputError where it is missing."""
-    return _prompts(folder / "judge.j2", None, _digest(folder, "judge.j2"))
+    return _prompts(folder / "judge.j2", None, prompts_digest(folder, *JUDGE_FILES))
 
 
 def _prompts(file: Path, specification: Specification | None, digest: str) -> Prompts:
@@ -88,22 +97,24 @@ def _prompts(file: Path, specification: Specification | None, digest: str) -> Pr
 
 
 def _load_specification(file: Path) -> Specification:
-    import yaml
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
 
     try:
-        content = yaml.safe_load(_read(file))
-        if isinstance(content, Mapping) and isinstance(content.get("classes"), Mapping):
-            content = {**content, "classes": {str(name): text for name, text in content["classes"].items()}}
-        return Specification.model_validate(content)
-    except yaml.YAMLError as error:
+        # "base": every value is the text that stands there, so that classes may be named no, on, 1.0 or null
+        return Specification.model_validate(YAML(typ="base", pure=True).load(_read(file)))
+    except YAMLError as error:
         raise InputError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise InputError(f"{file}: '{where}': {first['msg'].lower()}; see prompts/generic for the form") from None
+        problem = first["msg"].removeprefix("Value error, ")
+        problem = problem[0].lower() + problem[1:]
+        raise InputError(f"{file}: '{where}': {problem}; see prompts/generic for the form") from None
 
 
-def _digest(folder: Path, *names: str) -> str:
+def prompts_digest(folder: Path, *names: str) -> str:
+    """sha256 over files of a folder of prompts. Raises InputError where one is missing."""
     return hashlib.sha256(b"".join(_read(folder / name).encode() + b"\0" for name in names)).hexdigest()
 
 

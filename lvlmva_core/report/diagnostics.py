@@ -42,21 +42,19 @@ def embeddings_figure(
     Args:
         features: model's name -> float (N, D). labels: int (N,). spurious: bool (N,).
     """
+    from sklearn.decomposition import PCA
+
     figure = Figure(figsize=(4.6 * len(features), 4.2), layout="constrained")
     for axes, (name, values) in zip(np.atleast_1d(figure.subplots(1, len(features))), features.items(), strict=True):
-        centred = values.astype(np.float64) - values.mean(axis=0)
-        _, scale, directions = np.linalg.svd(centred, full_matrices=False)
-        # an SVD's signs are arbitrary: the largest entry of each direction is made positive
-        signs = np.sign(directions[np.arange(len(directions)), np.abs(directions).argmax(axis=1)])
-        places = centred @ (directions * signs[:, None])[:2].T
+        components = PCA(2, svd_solver="full")  # of each, the largest entry is made positive
+        places = components.fit_transform(values.astype(np.float64))
         for k, class_name in enumerate(class_names):
             for has, marker in ((False, "."), (True, "x")):
                 chosen = (labels == k) & (spurious == has)
                 axes.scatter(
                     *places[chosen].T, s=14, marker=marker, color=f"C{k}", alpha=0.6, label="" if has else class_name
                 )
-        share = float((scale[:2] ** 2).sum() / (scale**2).sum())
-        axes.set_title(f"{name}\n{share:.0%} of the variance", fontsize=10)
+        axes.set_title(f"{name}\n{components.explained_variance_ratio_.sum():.0%} of the variance", fontsize=10)
         axes.set_xticks([])
         axes.set_yticks([])
     figure.axes[0].scatter([], [], s=14, marker="x", color=WITHOUT, label="with the spurious feature")

@@ -15,8 +15,6 @@ from lvlmva_core.errors import InputError
 from lvlmva_core.regions import NO_REGION
 from lvlmva_core.segmentation import em
 
-METHOD_VERSION = 1  # to be raised with any change that can move a pixel to another region
-
 COARSEST = 14  # cells: grids are halved while their longer side has more
 CELLS_PER_COMPONENT = 8  # starts are compared on the coarsest grid that has this many cells with weight per component
 CONTESTS = (  # grids above the coarsest, starts that remain, EM steps before they are chosen
@@ -90,6 +88,21 @@ def fit_weighted_gmm(
     Raises:
         InputError: a weight is negative or not finite; the map is named.
         ValueError: an argument is out of its range.
+
+    Examples:
+        A map with three quarters of its weight on one square and a quarter on another.
+
+        >>> weights = torch.zeros(1, 16, 16)
+        >>> weights[0, 2:6, 2:6] = 3.0
+        >>> weights[0, 10:14, 10:14] = 1.0
+        >>> mixture = fit_weighted_gmm(weights, n_components=2)
+        >>> mixture.weights
+        tensor([[0.7500, 0.2500]])
+        >>> mixture.means[0]
+        tensor([[0.2500, 0.2500],
+                [0.7500, 0.7500]])
+        >>> mixture.labels[0, [4, 12], [4, 12]].tolist()
+        [0, 1]
     """
     maps = _checked_maps(weights, names)
     if not 1 <= n_components < NO_REGION:

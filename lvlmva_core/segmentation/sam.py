@@ -6,15 +6,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional
 
 from lvlmva_core.errors import InputError
-
-MEAN, STD = (
-    (0.485, 0.456, 0.406),
-    (0.229, 0.224, 0.225),
-)  # of the channels in ImageNet, which SAM's inputs are scaled by
 
 
 def load_sam(folder: Path, device: torch.device) -> Any:
@@ -64,67 +57,50 @@ def sam_regions(
 ) -> np.ndarray:
     """Ask SAM at a grid of points, keep its good and distinct masks, and cut the picture by them.
 
+    The masks are those of transformers' pipeline `mask-generation` with one crop, the whole picture.
+
     Args:
         image: uint8 (C, H, W), C in {1, 3}.
         points_per_side: the grid asks at the centres of this many squared tiles.
         points_per_batch: how many points are decoded at once.
-        least_quality: masks that the model itself gives a lower intersection over union are dropped.
-        least_stability: so are masks whose area changes more than this when their logits move by `stability_offset`.
-        largest_overlap: and masks with a larger intersection over union with a better one.
+        least_quality: masks are kept whose intersection over union is above this by the model's own word.
+        least_stability: and whose area changes less than this when their logits move by `stability_offset`.
+        largest_overlap: of masks whose boxes overlap more than this (intersection over union), the best one is kept.
 
     Returns:
-        int64 (H, W): 0 where there is no mask, else the number of the smallest mask that holds the pixel.
+        int64 (H, W): 0 where there is no mask, else the number of the smallest mask that holds the pixel; masks are
+        numbered from 1 by falling quality.
     """
-    height, width = image.shape[1:]
-    device = next(model.parameters()).device
-    pixels, scale = prepared(image, model.config.vision_config.image_size, device)
-    embedding = model.get_image_embeddings(pixels)
-    centres = (torch.arange(points_per_side, dtype=torch.float32, device=device) + 0.5) / points_per_side * scale
-    places = torch.cartesian_prod(centres * width, centres * height)  # x, y on the scaled picture
-    masks, quality = [], []
-    for part in torch.split(places, points_per_batch):
-        answer = model(image_embeddings=embedding, input_points=part[None, :, None], multimask_output=True)
-        logits = at_size(answer.pred_masks[0].flatten(0, 1), pixels.shape[-1], scale, (height, width))
-        stable = _stability(logits, stability_offset) >= least_stability
-        keep = stable & (answer.iou_scores[0].flatten() >= least_quality)
-        masks.append((logits[keep] > 0).cpu().numpy())
-        quality.append(answer.iou_scores[0].flatten()[keep].cpu().numpy())
-    return partition(np.concatenate(masks), np.concatenate(quality), largest_overlap)
+    from PIL import Image
+    from transformers import MaskGenerationPipeline, SamImageProcessor
+
+    side = model.config.vision_config.image_size
+    processor = SamImageProcessor(size={"longest_edge": side}, pad_size={"height": side, "width": side})
+    rgb = np.ascontiguousarray(np.broadcast_to(image, (3, *image.shape[1:])).transpose(1, 2, 0))
+    generate: Any = MaskGenerationPipeline
+    found = generate(model=model, image_processor=processor, device=model.device)(
+        Image.fromarray(rgb),
+        points_per_crop=points_per_side,
+        points_per_batch=points_per_batch,
+        pred_iou_thresh=least_quality,
+        stability_score_thresh=least_stability,
+        stability_score_offset=stability_offset,
+        crops_nms_thresh=largest_overlap,
+    )
+    masks = np.array(found["masks"], dtype=bool).reshape(-1, *image.shape[1:])
+    return smallest_on_top(masks[masks.any(axis=(1, 2))])
 
 
-def prepared(image: np.ndarray, side: int, device: torch.device) -> tuple[Tensor, float]:
-    """The picture scaled so that its longer side is `side`, normalised and padded with zeros; and the scale."""
-    rgb = torch.from_numpy(np.array(np.broadcast_to(image, (3, *image.shape[1:])))).float().to(device) / 255
-    scale = side / max(image.shape[1:])
-    size = [round(length * scale) for length in image.shape[1:]]
-    scaled = functional.interpolate(rgb[None], size, mode="bilinear", align_corners=False, antialias=scale < 1)
-    mean, std = (torch.tensor(part, device=device)[:, None, None] for part in (MEAN, STD))
-    return functional.pad((scaled - mean) / std, (0, side - size[1], 0, side - size[0])), scale
+def smallest_on_top(masks: np.ndarray) -> np.ndarray:
+    """Number from 1 of the smallest mask that holds each pixel, 0 where none does; of equal ones the later.
 
+    Args:
+        masks: bool (n, H, W).
 
-def at_size(logits: Tensor, side: int, scale: float, shape: tuple[int, int]) -> Tensor:
-    """Mask logits (n, h, w) of the padded square back on the picture's pixels: (n, H, W)."""
-    square = functional.interpolate(logits[None], (side, side), mode="bilinear", align_corners=False)
-    cut = square[..., : round(shape[0] * scale), : round(shape[1] * scale)]
-    return functional.interpolate(cut, shape, mode="bilinear", align_corners=False, antialias=scale > 1)[0]
-
-
-def _stability(logits: Tensor, offset: float) -> Tensor:
-    """Area with the threshold raised over the area with it lowered, (n,)."""
-    inner, outer = (logits > offset).flatten(1).sum(1), (logits > -offset).flatten(1).sum(1)
-    return inner / outer.clamp(min=1)
-
-
-def partition(masks: np.ndarray, quality: np.ndarray, largest_overlap: float) -> np.ndarray:
-    """Distinct masks by falling quality, then each pixel to the smallest of them that holds it."""
-    kept: list[np.ndarray] = []
-    for n in np.argsort(-quality, kind="stable"):
-        mask = masks[n]
-        overlap = max(((mask & other).sum() / max((mask | other).sum(), 1) for other in kept), default=0.0)
-        if mask.any() and overlap <= largest_overlap:
-            kept.append(mask)
+    Returns:
+        int64 (H, W).
+    """
     labels = np.zeros(masks.shape[1:], dtype=np.int64)
-    by_area = sorted(range(len(kept)), key=lambda n: -int(kept[n].sum()))
-    for n in by_area:  # smaller masks over larger ones
-        labels[kept[n]] = n + 1
+    for n in np.argsort(-masks.sum(axis=(1, 2)), kind="stable"):  # smaller masks over larger ones
+        labels[masks[n]] = n + 1
     return labels

@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 
+from lvlmva_core.errors import InputError
+
 COMPACTNESS = 10.0  # of SLIC: weight of nearness against likeness of colour
 
 
@@ -15,9 +17,14 @@ def slic_regions(image: np.ndarray, n_superpixels: int) -> np.ndarray:
 
     Returns:
         int64 (H, W), labels 0, 1, ... of about `n_superpixels` connected regions.
-    """
-    from skimage.segmentation import slic
 
+    Raises:
+        InputError: scikit-image is not installed.
+    """
+    try:
+        from skimage.segmentation import slic
+    except ImportError as error:
+        raise InputError("segment.method 'slic' needs scikit-image: pip install 'lvlmva[slic]'") from error
     rgb = np.moveaxis(np.broadcast_to(image, (3, *image.shape[1:])), 0, -1)
     labels = slic(rgb, n_segments=n_superpixels, compactness=COMPACTNESS, start_label=0, channel_axis=-1)
     return np.asarray(labels, dtype=np.int64)

@@ -308,15 +308,15 @@ def test_an_experiment_in_a_fresh_clone_hydrates_from_the_main_repository(tmp_pa
 SHIM = """
 import numpy as np
 
-import lvlmva_core.segmentation.methods as methods
+from lvlmva_core.segmenters import SEGMENTERS
 
-for name, segmenter in list(methods.SEGMENTERS.items()):
-    def shifted(maps, *rest, _inner=segmenter.segment):
-        found = _inner(maps, *rest)
+for segmenter in SEGMENTERS.values():
+    def shifted(self, maps, *rest, _inner=segmenter.segment):
+        found = _inner(self, maps, *rest)
         segments = found["segments"].copy()
         segments[:, 0, 0] = (segments[:, 0, 0] + 1) % 2
         return {**found, "segments": segments}
-    object.__setattr__(segmenter, "segment", shifted)
+    segmenter.segment = shifted
 from lvlmva.entry import run
 from stages.segment import segment
 

@@ -22,7 +22,8 @@ from lvlmva_core.attribution import (
     integrated_gradients,
 )
 from lvlmva_core.attribution.deep_lift import full_precision
-from lvlmva_core.attribution.testing import (
+from lvlmva_core.errors import InputError
+from lvlmva_core.testing.attribution import (
     AttributionTests,
     Product,
     Sum,
@@ -31,7 +32,6 @@ from lvlmva_core.attribution.testing import (
     reference_deep_lift,
     shapley_values,
 )
-from lvlmva_core.errors import InputError
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -13,8 +13,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from lvlmva_core.attribution import UnsupportedOperationError, deep_lift_shap, explain, gradient
-from lvlmva_core.attribution.testing import TOLERANCE, assert_close
 from lvlmva_core.efficientnet_lite import EfficientNetLite0
+from lvlmva_core.testing.attribution import TOLERANCE, assert_close
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -11,9 +11,12 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from lvlmva import hydrate
+from lvlmva import kept
+from lvlmva_core import attribution_maps
 from lvlmva_core.arrays import read_array, read_attrs, read_json, write_arrays, write_table
-from lvlmva_core.attribution import METHODS, deep_lift_shap, gradient
+from lvlmva_core.attribution import deep_lift_shap, gradient
+from lvlmva_core.attribution_methods import ATTRIBUTION_METHODS
+from lvlmva_core.attribution_methods.deep_lift_shap import DeepLiftShap
 from lvlmva_core.errors import InputError
 from lvlmva_core.models import ModelSpec, build_model, save_checkpoint
 from lvlmva_core.samples import to_unit_range
@@ -97,7 +100,7 @@ def test_what_is_written(workspace: Workspace) -> None:
     assert attrs["ids"] == sorted(workspace.ids[rows])
     assert attrs["targets"] == workspace.labels[sorted(rows)].tolist()
     assert attrs["method"] == "deep_lift_shap"
-    assert attrs["method_version"] == METHODS["deep_lift_shap"].version
+    assert attrs["method_version"] == DeepLiftShap.version
     assert len(set(attrs["keys"])) == 4
     assert len(set(attrs["baseline_ids"])) == N_BASELINES
     assert set(attrs["baseline_ids"]) <= set(workspace.ids[:30])  # the training split
@@ -122,15 +125,15 @@ def test_what_is_written(workspace: Workspace) -> None:
 def test_more_samples_cost_their_own_maps_only(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
     """From 6 samples to 9: 3 maps; and a sample's map has the same bits in either set."""
     workspace.run(list(range(10, 16)))
-    assert "0 maps are there, 6 to compute" in capsys.readouterr().err
+    assert "0 attributions are there, 6 to compute" in capsys.readouterr().err
     few = read_array(workspace.out, "attributions")
     workspace.run(list(range(8, 17)))
-    assert "6 maps are there, 3 to compute" in capsys.readouterr().err
+    assert "6 attributions are there, 3 to compute" in capsys.readouterr().err
     extended = bytes_of(workspace.out)
     np.testing.assert_array_equal(read_array(workspace.out, "attributions")[2:8], few)
     assert len(list(Store(workspace.folder / "store").keys("attributions", "arrays"))) == 9
     workspace.run(list(range(8, 17)))
-    assert "9 maps are there, 0 to compute" in capsys.readouterr().err
+    assert "9 attributions are there, 0 to compute" in capsys.readouterr().err
     assert bytes_of(workspace.out) == extended
 
 
@@ -148,23 +151,23 @@ def test_a_killed_run_goes_on(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Chunks that were computed are kept."""
-    monkeypatch.setattr(stage, "CHUNK", 2)
-    method, calls = METHODS["deep_lift_shap"], []
+    monkeypatch.setattr(attribution_maps, "CHUNK", 2)
+    calls, explain = [], DeepLiftShap.explain
 
-    def killed(*args: Any) -> Any:
+    def killed(self: DeepLiftShap, *args: Any) -> Any:
         calls.append(len(args[1]))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return method.explain(*args)
+        return explain(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "METHODS", {"deep_lift_shap": method._replace(explain=killed)})
+        patch.setattr(DeepLiftShap, "explain", killed)
         with pytest.raises(KeyboardInterrupt):
             workspace.run(list(range(7)))
     assert not workspace.out.exists()
     capsys.readouterr()
     workspace.run(list(range(7)))
-    assert "4 maps are there, 3 to compute" in capsys.readouterr().err
+    assert "4 attributions are there, 3 to compute" in capsys.readouterr().err
 
 
 def test_maps_come_back_from_a_committed_output(
@@ -174,10 +177,10 @@ def test_maps_come_back_from_a_committed_output(
     workspace.run([4, 5, 6])
     first, committed = bytes_of(workspace.out), workspace.out.rename(workspace.folder / "committed.zarr")
     monkeypatch.setenv("LVLMVA_STORE", str(workspace.folder / "other"))
-    monkeypatch.setattr(hydrate, "committed_versions", lambda out, store: iter([committed]))
+    monkeypatch.setattr(kept, "committed_versions", lambda out, store: iter([committed]))
     capsys.readouterr()
     workspace.run([4, 5, 6])
-    assert "3 maps are there, 0 to compute" in capsys.readouterr().err
+    assert "3 attributions are there, 0 to compute" in capsys.readouterr().err
     assert bytes_of(workspace.out) == first
 
 
@@ -208,7 +211,7 @@ def test_what_does_not_change_a_map_keeps_its_key(workspace: Workspace, capsys: 
     capsys.readouterr()
     workspace.set_params(batch_size=3, completeness_tolerance=1e-3, integration_steps=7)
     workspace.run([1, 2])
-    assert "2 maps are there, 0 to compute" in capsys.readouterr().err
+    assert "2 attributions are there, 0 to compute" in capsys.readouterr().err
 
 
 def test_the_tolerance_is_enforced(workspace: Workspace) -> None:
@@ -227,7 +230,7 @@ def test_more_baselines_than_training_samples(workspace: Workspace) -> None:
         workspace.run([1])
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sorted(ATTRIBUTION_METHODS))
 def test_regions_can_be_cut_from_every_method(workspace: Workspace, method: str) -> None:
     """One interface: maps of the same shape, from which PPEPS-WGM finds regions."""
     workspace.set_params(method=method, integration_steps=16)

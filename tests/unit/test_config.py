@@ -1,3 +1,6 @@
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -5,7 +8,11 @@ import pytest
 from ruamel.yaml import YAML
 
 from lvlmva.params import load_params
+from lvlmva_core.arrays import read_json
+from lvlmva_core.datasets.registry import DATASETS
+from lvlmva_core.datasets.settings import PrepareSettings
 from lvlmva_core.errors import InputError
+from stages.settings import settings
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,7 +65,14 @@ def test_numbers_are_read_as_dvc_reads_them(tmp_path: Path) -> None:
         (("align.rrr_lambda", -1), r"'align\.rrr_lambda' = -1.*greater than or equal to 0"),
         (("segment.n_regions", 13), r"'segment\.n_regions' = 13.*less than or equal to 12"),
         (("compute.device", "gpu"), r"'compute\.device' = 'gpu'"),
-        (("prepare.dataset", "cats"), r"'prepare\.dataset' = 'cats'"),
+        (("prepare.dataset", "cats"), r"'prepare\.dataset' = 'cats': expected one of decoy_digits, decoy_mnist, "),
+        (("prepare.dataset", ...), r"key 'prepare\.dataset' is missing"),
+        (("prepare.knee", {}), r"unknown key 'prepare\.knee'; known keys: dataset, root, seed"),
+        (("prepare", {"dataset": "knee", "seed": 0, "image_size": 64}), r"key 'prepare\.knee' is missing"),
+        (
+            ("prepare", {"dataset": "knee", "seed": 0, "image_size": 9, "knee": {}}),
+            r"'prepare\.image_size' = 9: input s",
+        ),
         (("methods.lambda_zero", {"rrr_lambda": 1.0}), r"methods\.lambda_zero: rrr_lambda must be 0"),
     ],
 )
@@ -74,3 +88,62 @@ def test_a_file_that_is_not_there_or_no_yaml(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text("align: [")
     with pytest.raises(InputError, match="not valid YAML"):
         load_params(tmp_path / "params.yaml")
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    shutil.copytree(ROOT / "prompts" / "decoy_digits", tmp_path / "prompts" / "decoy_digits")
+    return tmp_path / "prompts"
+
+
+def test_each_prompt_reaches_its_own_stage_alone(tmp_path: Path, prompts: Path) -> None:
+    def written() -> list[dict[str, str]]:
+        settings(ROOT / "params.yaml", prompts, tmp_path / "settings")
+        return [read_json(tmp_path / "settings" / f"{name}_prompts.json") for name in ("critique", "judge")]
+
+    first = written()
+    for name, critique_is_new, judge_is_new in (
+        ("critic.j2", True, False),
+        ("judge.j2", False, True),
+        ("specification.yaml", True, False),
+    ):
+        file = prompts / "decoy_digits" / name
+        text = file.read_text()
+        file.write_text(text + "\n")
+        assert [new != old for new, old in zip(written(), first, strict=True)] == [critique_is_new, judge_is_new]
+        file.write_text(text)
+    assert written() == first
+
+
+def test_prompts_that_are_not_there_are_said_in_one_line(tmp_path: Path, prompts: Path) -> None:
+    file = _params_with(tmp_path, ("judge.prompts", "mine"))
+    with pytest.raises(InputError, match=r"judge\.prompts = 'mine': no folder .*prompts/mine \(there: decoy_digits\)"):
+        settings(file, prompts, tmp_path / "settings")
+    (prompts / "decoy_digits" / "judge.j2").unlink()
+    with pytest.raises(InputError, match=r"decoy_digits/judge\.j2: cannot be read .*; see prompts/generic"):
+        settings(ROOT / "params.yaml", prompts, tmp_path / "settings")
+
+
+def test_a_mistake_deep_in_the_section_of_a_data_set_is_named_by_its_keys(tmp_path: Path) -> None:
+    knee: dict[str, Any] = {"train_per_class": 1, "val_per_class": 1, "test_per_class": 1, "tag_share_healthy": 0.5}
+    knee |= {"tag_share_arthritic": 0.5, "negatives": "keep"}
+    prepare = {"dataset": "knee", "root": "x", "seed": 0, "image_size": 64, "knee": knee}
+    with pytest.raises(InputError, match=r"'prepare\.knee\.negatives' = 'keep': input should be 'leave_out' or"):
+        load_params(_params_with(tmp_path, ("prepare", prepare)))
+    knee |= {"negatives": "invert", "test_per_clas": 1}
+    with pytest.raises(InputError, match=r"'prepare\.knee\.test_per_clas'; did you mean 'test_per_class'\?"):
+        load_params(_params_with(tmp_path, ("prepare", prepare)))
+
+
+def test_reading_params_imports_nothing_that_decodes_or_trains() -> None:
+    heavy = "{'PIL', 'torch', 'zarr', 'sklearn', 'pydicom'}"
+    script = f"import sys, lvlmva.params; print(sorted({heavy} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_data_set_is_entered_under_its_own_name() -> None:
+    assert list(DATASETS) == sorted(DATASETS)
+    for name, section in DATASETS.items():
+        assert issubclass(section, PrepareSettings)
+        assert section.model_fields["dataset"].default == name

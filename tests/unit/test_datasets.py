@@ -5,16 +5,15 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from lvlmva_core.datasets import Dataset, prepare_dataset
-from lvlmva_core.datasets.decoy import add_decoys, shade
-from lvlmva_core.datasets.settings import Prepare
+from lvlmva_core.datasets import Dataset
+from lvlmva_core.datasets.decoy import DecoyDigits, DecoyMnist, add_decoys, shade
 from lvlmva_core.errors import InputError
 from tests.data import needs_data
 
 
 @pytest.fixture(scope="module")
 def digits() -> Dataset:
-    return prepare_dataset(Prepare(dataset="decoy_digits", root=None, seed=0))
+    return DecoyDigits(seed=0).prepare()
 
 
 def _split(dataset: Dataset, split: str) -> np.ndarray:
@@ -68,10 +67,10 @@ def test_the_three_test_splits_show_the_same_digits_under_other_decoys(digits: D
 
 
 def test_the_same_seed_gives_the_same_pixels_and_another_seed_others(digits: Dataset) -> None:
-    again = prepare_dataset(Prepare(dataset="decoy_digits", root=None, seed=0))
+    again = DecoyDigits(seed=0).prepare()
     np.testing.assert_array_equal(again.images, digits.images)
     assert again.samples.equals(digits.samples)
-    other = prepare_dataset(Prepare(dataset="decoy_digits", root=None, seed=1))
+    other = DecoyDigits(seed=1).prepare()
     assert set(other.samples["id"]) != set(digits.samples["id"])
 
 
@@ -90,18 +89,18 @@ def test_decoys_fit_pictures_that_are_not_square() -> None:
 
 def test_mnist_needs_a_root_that_holds_it(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"prepare\.root is null"):
-        prepare_dataset(Prepare(dataset="decoy_mnist", root=None, seed=0))
+        DecoyMnist(seed=0).prepare()
     with pytest.raises(InputError, match=r"train-images-idx3-ubyte\.gz: no such file"):
-        prepare_dataset(Prepare(dataset="decoy_mnist", root=str(tmp_path), seed=0))
+        DecoyMnist(root=str(tmp_path), seed=0).prepare()
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     (raw / "train-images-idx3-ubyte.gz").write_bytes(b"not gzip")
     with pytest.raises(InputError, match="not a readable gzip file"):
-        prepare_dataset(Prepare(dataset="decoy_mnist", root=str(tmp_path), seed=0))
+        DecoyMnist(root=str(tmp_path), seed=0).prepare()
     with gzip.open(raw / "train-images-idx3-ubyte.gz", "wb") as file:
         file.write(bytes(100))
     with pytest.raises(InputError, match="not an IDX file"):
-        prepare_dataset(Prepare(dataset="decoy_mnist", root=str(tmp_path), seed=0))
+        DecoyMnist(root=str(tmp_path), seed=0).prepare()
 
 
 @needs_data("mnist/MNIST/raw")
@@ -112,7 +111,7 @@ def test_mnist_agrees_with_torchvision(data_root: Path, tmp_path: Path) -> None:
 
     shutil.copytree(data_root / "mnist", tmp_path / "mnist")
     official = MNIST(str(tmp_path / "mnist"), train=True, download=True)
-    dataset = prepare_dataset(Prepare(dataset="decoy_mnist", root=str(tmp_path / "mnist"), seed=0))
+    dataset = DecoyMnist(root=str(tmp_path / "mnist"), seed=0).prepare()
     assert dataset.samples["split"].value_counts().to_dict() == {
         "train": 48_000,
         "val": 12_000,

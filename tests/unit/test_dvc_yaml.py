@@ -13,6 +13,7 @@ from lvlmva.params import Params
 from lvlmva.pipeline import code_of, paths, with_code
 from lvlmva_core.baselines import subg
 from lvlmva_core.controls import MASK_SOURCES
+from lvlmva_core.errors import InputError
 from lvlmva_core.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
@@ -58,8 +59,9 @@ def test_every_path_that_a_stage_takes_is_a_dependency_or_an_output(name: str) -
     entries = [*stage["deps"], *stage.get("outs", []), *stage.get("metrics", [])]
     named = {match[1] for entry in entries if (match := re.match(r"\$\{paths\.(\w+)\}", entry))}
     of_its_models = {"base", "models"}  # evaluate reads one or the other
-    assert taken - {"params"} - named <= (of_its_models if name.startswith("evaluate") else set())
-    assert named <= taken
+    by_digest = {"prompts"} if f"${{paths.settings}}/{name}_prompts.json" in stage["deps"] else set()
+    assert taken - {"params"} - named - by_digest <= (of_its_models if name.startswith("evaluate") else set())
+    assert named - ({"settings"} if by_digest else set()) <= taken
 
 
 def test_no_path_stands_in_the_file_twice() -> None:
@@ -99,3 +101,17 @@ def test_the_stages_are_those_of_the_paper_in_its_order() -> None:
 
 def test_nothing_is_frozen_persisted_or_always_changed() -> None:
     assert not [word for word in ("persist", "frozen", "always_changed") if word in TEXT]
+
+
+def test_the_paths_are_read_without_the_stages_and_wherever_they_stand(tmp_path: Path) -> None:
+    file = tmp_path / "dvc.yaml"
+    file.write_text("vars:\n  - paths: {one: a/b}\nstages: [no, yaml: {\n")
+    assert paths(file) == {"one": "a/b"}
+    file.write_text("# stages:\nstages:\n  x: {cmd: y}\nvars:\n  - other.yaml\n  - paths: {one: a/b}\n")
+    assert paths(file) == {"one": "a/b"}
+    file.write_text("stages:\n  x: {cmd: y}\n")
+    assert paths(file) == {}
+    assert paths(tmp_path / "absent.yaml") == {}
+    file.write_text("vars: [\n")
+    with pytest.raises(InputError, match=r"dvc\.yaml: cannot be read"):
+        paths(file)

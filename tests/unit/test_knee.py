@@ -8,10 +8,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from lvlmva_core.datasets import Dataset, prepare_dataset
-from lvlmva_core.datasets.knee import JOINT_ROWS, add_tag, is_negative
+from lvlmva_core.datasets import Dataset
+from lvlmva_core.datasets.knee import JOINT_ROWS, Knee, KneePrepare, add_tag, is_negative
 from lvlmva_core.datasets.pictures import inside, read_picture
-from lvlmva_core.datasets.settings import Knee, Prepare
 from lvlmva_core.errors import InputError
 from tests.data import needs_data
 
@@ -27,7 +26,7 @@ SMALL = Knee(
 
 
 def _prepare(root: Path, knee: Knee = SMALL, size: int = 40, seed: int = 0) -> Dataset:
-    return prepare_dataset(Prepare(dataset="knee", root=str(root), seed=seed, image_size=size, knee=knee))
+    return KneePrepare(root=str(root), seed=seed, image_size=size, knee=knee).prepare()
 
 
 def _draw_knee(rng: np.random.Generator, size: int) -> np.ndarray:

@@ -8,13 +8,15 @@ from lvlmva.pipeline import _imports
 
 ROOT = Path(__file__).parents[2]
 LAYERS = [
-    ["errors", "progress", "arrays", "settings", "align_settings", "store", "statistics", "compute"],
-    ["samples", "corruptions", "regions", "attribute_settings", "segment_settings"],
+    ["errors", "progress", "arrays", "settings", "store", "statistics", "compute"],
+    ["penalties"],
+    ["align_settings"],
+    ["samples", "corruptions", "regions"],
     ["datasets"],
-    ["models", "efficientnet_lite", "splits", "training", "resume"],
+    ["adam", "models", "efficientnet_lite", "splits", "training", "resume"],
     ["ranking"],
-    ["attribution"],
-    ["segmentation", "render"],
+    ["attribution", "attribution_methods", "attribution_maps"],
+    ["segmentation", "segmenters", "segmentations", "render"],
     ["lvlm"],
     ["masks", "controls"],
     ["metrics"],
@@ -23,6 +25,7 @@ LAYERS = [
     ["comparison"],
     ["methods"],
     ["report"],
+    ["testing"],
 ]
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
 CORE = ROOT / "lvlmva_core"

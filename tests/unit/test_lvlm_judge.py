@@ -117,11 +117,38 @@ def test_templates_that_reach_too_far_are_refused_in_one_line(tmp_path: Path, cr
         ("classes: {a: b}\nspurious_features: []", "'picture': field required"),
         ("picture: p\nclasses: {a: ''}\nspurious_features: []", "'classes.a': string should have at least 1"),
         ("picture: p\nclasses: {a: b}\nspurious_features: []\nmore: 1", "'more': extra inputs are not permitted"),
+        ("picture: p\nclasses: {a: null}\nspurious_features: []", "'classes.a': nothing is said here"),
+        ("picture: p\nclasses: {a: b, a: c}\nspurious_features: []", "not valid YAML: .*found duplicate key"),
     ],
 )
 def test_a_malformed_specification_names_what_is_wrong(tmp_path: Path, specification: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         load_critic_prompts(_folder(tmp_path, specification=specification), ["a"])
+
+
+NAMES = ["no", "yes", "on", "off", "true", "1.0", "1.10", "007", "0x1f", "1e3", "null", "~", "2026-01-01", "a: b"]
+
+
+@pytest.mark.parametrize("quote", ["", '"'])
+def test_classes_are_named_by_the_text_that_stands_there(tmp_path: Path, quote: str) -> None:
+    names = [name for name in NAMES if quote or ": " not in name]
+    text = "".join(f"  {quote}{name}{quote}: shape {n}\n" for n, name in enumerate(names))
+    folder = _folder(tmp_path, specification=f"picture: photos\nclasses:\n{text}spurious_features: [no, off]\n")
+    specification = load_critic_prompts(folder, names).specification
+    assert specification is not None
+    assert specification.classes == {name: f"shape {n}" for n, name in enumerate(names)}
+    assert specification.spurious_features == ["no", "off"]
+
+
+@pytest.mark.parametrize("file", sorted(PROMPTS.glob("*/specification.yaml")), ids=lambda file: file.parent.name)
+def test_the_shipped_specifications_say_the_same_to_a_reader_of_typed_yaml(file: Path) -> None:
+    typed = YAML(typ="safe", pure=True).load(file.read_text())
+    specification = load_critic_prompts(file.parent, []).specification
+    assert specification is not None
+    assert specification.model_dump() == {
+        **typed,
+        "classes": {str(name): text for name, text in typed["classes"].items()},
+    }
 
 
 def test_a_changed_prompt_changes_the_key_of_its_own_calls_only(tmp_path: Path) -> None:

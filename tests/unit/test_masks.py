@@ -6,7 +6,7 @@ import torch
 
 from lvlmva_core.controls import masks_on_random_pictures, random_masks_like
 from lvlmva_core.errors import InputError
-from lvlmva_core.masks import Override, assemble_mask, assemble_masks, read_overrides
+from lvlmva_core.masks import Override, assemble_mask, assemble_masks, read_overrides, why_stale
 from lvlmva_core.regions import segmentation_digest
 
 SEGMENTS = np.array([[0, 0, 1], [2, 1, 255]], dtype=np.uint8)
@@ -138,3 +138,31 @@ def test_masks_on_random_pictures_are_the_same_masks_dealt_anew() -> None:
     assert 5 < dealt[:20].any(axis=(1, 2)).sum() < 15  # half of the pictures, whichever they were
     np.testing.assert_array_equal(masks_on_random_pictures(masks, seed=0), dealt)
     assert (masks_on_random_pictures(masks, seed=1) != dealt).any()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "sample,segmentation,region,verdict\na,d,2,no\nb,d,0,yes\n",
+        "\ufeffsample;segmentation;region;verdict\r\na;d;2;No\r\nb;d;0; YES\r\n;;;\r\n",
+        "sample,segmentation,region,verdict,note\na,d,2,no,seen by me; twice\nb,d,0,yes,\n",
+    ],
+)
+def test_overrides_are_read_as_spreadsheets_save_them(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "verdicts.csv"
+    file.write_bytes(content.encode())
+    assert read_overrides(file) == [Override("a", "d", 2, "no"), Override("b", "d", 0, "yes")]
+
+
+def test_overrides_in_another_encoding_are_refused_in_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "verdicts.csv"
+    file.write_bytes("sample,segmentation,region,verdict\nMüller,d,2,no\n".encode("latin-1"))
+    with pytest.raises(InputError, match=r"verdicts\.csv: not UTF-8; save it anew as 'CSV UTF-8'"):
+        read_overrides(file)
+
+
+def test_a_stale_override_says_what_it_does_not_fit() -> None:
+    digests = {"a": "d"}
+    assert why_stale(Override("b", "d", 0, "no"), digests) == "the alignment set has no such sample"
+    assert why_stale(Override("a", "e", 0, "no"), digests) == "it is of another segmentation"
+    assert why_stale(Override("a", "d", 9, "no"), digests) == "the segmentation has no such region"

@@ -56,7 +56,7 @@ def test_only_what_the_preset_says_changes(params: Path) -> None:
     changed = [
         pair for pair in zip(before.splitlines(), params.read_text().splitlines(), strict=True) if len(set(pair)) > 1
     ]
-    assert changed == [("  epochs: 60", "  epochs: 7")]
+    assert changed == [("  epochs: 30", "  epochs: 7")]
 
 
 def test_an_experiment_forgets_what_stood_there_and_comments_stay(
@@ -91,3 +91,10 @@ def test_the_command_line_knows_it() -> None:
     from lvlmva.cli import app
 
     assert "preset" in CliRunner().invoke(app, ["--help"]).output
+
+
+def test_the_shell_completes_commands() -> None:
+    from lvlmva.cli import app
+
+    asked = {"_LVLMVA_COMPLETE": "complete_bash", "COMP_WORDS": "lvlmva pre", "COMP_CWORD": "1"}
+    assert CliRunner().invoke(app, [], env=asked, prog_name="lvlmva").output.split() == ["preset"]

@@ -10,21 +10,23 @@ import torch
 from scipy.ndimage import gaussian_filter
 from scipy.ndimage import label as connected
 from scipy.stats import multivariate_normal
+from torch.nn import functional
 
 from lvlmva_core.arrays import read_array, read_attrs, read_json, write_arrays, write_table
 from lvlmva_core.errors import InputError
-from lvlmva_core.segment_settings import Segment
 from lvlmva_core.segmentation import fit_chosen_gmm, fit_weighted_gmm, log_likelihood, sam
-from lvlmva_core.segmentation.methods import SEGMENTERS
 from lvlmva_core.segmentation.sam import load_sam, sam_regions
 from lvlmva_core.segmentation.superpixels import grid_regions, merge_regions, number_by_share, slic_regions
+from lvlmva_core.segmentations import records_in
+from lvlmva_core.segmenters import Segmenter
+from lvlmva_core.segmenters.ppeps_wgm import PpepsWgm
 from lvlmva_core.store import Store
-from stages.segment import segment, take_in
+from stages.segment import segment
 
 CPU = torch.device("cpu")
 
 
-def config(**changes: Any) -> Segment:
+def config(**changes: Any) -> Segmenter:
     defaults = {
         "method": "ppeps_wgm",
         "n_regions": 4,
@@ -34,7 +36,7 @@ def config(**changes: Any) -> Segment:
         "sam_checkpoint": None,
         "seed": 0,
     }
-    return Segment.model_validate({**defaults, **changes})
+    return Segmenter.model_validate({**defaults, **changes})
 
 
 def attributions(n: int, height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -151,32 +153,71 @@ def test_sam_cuts_the_picture_by_its_masks(tmp_path: Path) -> None:
     assert sam_regions(model, image, **{**anything, "least_quality": 1e9}).max() == 0
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (40, 56), (90, 60), (224, 224)])
-def test_sam_sees_and_returns_what_transformers_own_processing_does(shape: tuple[int, int]) -> None:
-    transformers = pytest.importorskip("transformers")
-    processor = transformers.SamImageProcessor(size={"longest_edge": 64}, pad_size={"height": 64, "width": 64})
-    smooth = gaussian_filter(np.random.default_rng(0).normal(size=(3, *shape)), (0, 5, 5))
+def asked_point_by_point(model: Any, image: np.ndarray, points_per_side: int) -> list[tuple[float, np.ndarray]]:
+    """Every mask at every point of the grid with the model's own quality, by plain torch: (quality, bool (H, W))."""
+    height, width = image.shape[1:]
+    side = model.config.vision_config.image_size
+    scale = side / max(height, width)
+    size = [int(length * scale + 0.5) for length in (height, width)]
+    rgb = torch.from_numpy(np.broadcast_to(image, (3, height, width)).copy())[None]
+    scaled = functional.interpolate(rgb, size, mode="bilinear", align_corners=False, antialias=True)[0].float()
+    mean, std = torch.tensor([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]])[..., None, None]
+    pixels = functional.pad((scaled - mean) / std, (0, side - size[1], 0, side - size[0]))[None]
+    found = []
+    for k in range(points_per_side):
+        for i in range(points_per_side):
+            point = torch.tensor([(i + 0.5) / points_per_side * size[1], (k + 0.5) / points_per_side * size[0]])
+            with torch.inference_mode():
+                answer = model(pixel_values=pixels, input_points=point[None, None, None], multimask_output=True)
+            square = functional.interpolate(answer.pred_masks[0], (side, side), mode="bilinear", align_corners=False)
+            cut = square[..., : size[0], : size[1]]
+            logits = functional.interpolate(cut, (height, width), mode="bilinear", align_corners=False)[0]
+            qualities = answer.iou_scores[0, 0].tolist()
+            found += [(q, (mask > 0).numpy()) for q, mask in zip(qualities, logits, strict=True)]
+    return found
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (40, 56), (90, 60)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sam_cuts_by_the_masks_that_a_plain_loop_over_points_finds(
+    shape: tuple[int, int], channels: int, tmp_path: Path
+) -> None:
+    model = load_sam(tiny_sam(tmp_path), CPU)
+    smooth = gaussian_filter(np.random.default_rng(0).normal(size=(channels, *shape)), (0, 5, 5))
     image = np.clip(128 + 900 * smooth, 0, 255).astype(np.uint8)
-    inputs = processor(image.transpose(1, 2, 0), return_tensors="pt")
-    ours, scale = sam.prepared(image, 64, CPU)
-    assert (ours - inputs["pixel_values"]).abs().mean() < 0.02  # other filter for down-scaling, rounding to uint8
-    logits = torch.from_numpy(gaussian_filter(np.random.default_rng(1).normal(size=(3, 16, 16)), (0, 2, 2))).float()
-    sizes = inputs["original_sizes"], inputs["reshaped_input_sizes"]
-    expected = processor.post_process_masks([logits[None]], *sizes)[0][0]
-    assert ((sam.at_size(logits, 64, scale, shape) > 0) == expected).float().mean() > 0.99
+    found = asked_point_by_point(model, image, 4)
+    above = sorted(quality for quality, _ in found if quality > 0)  # transformers filters by a quality above 0 only
+    median = (above[len(above) // 2 - 1] + above[len(above) // 2]) / 2
+    every = sam_regions(model, image, points_per_side=4, least_quality=median, least_stability=0.0, largest_overlap=1.0)
+    kept = [mask for quality, mask in sorted(found, key=lambda one: -one[0]) if quality > median and mask.any()]
+    assert len(kept) >= 3
+    smallest = np.zeros(shape, dtype=int)
+    for row, column in np.ndindex(shape):
+        over = [(int(mask.sum()), -n) for n, mask in enumerate(kept) if mask[row, column]]
+        smallest[row, column] = 1 - min(over)[1] if over else 0
+    assert (every == smallest).mean() > 0.99  # a logit near zero may fall to either side
 
 
-def test_overlapping_masks_become_a_partition() -> None:
-    """A duplicate and an empty mask are dropped; a small mask lies on top of a large one."""
-    masks = np.zeros((4, 10, 10), dtype=bool)
-    masks[0, :8] = True
-    masks[1, 2:4, 2:4] = True
-    masks[2, :8, 1:] = True
-    labels = sam.partition(masks, np.array([0.9, 0.95, 0.92, 1.0]), 0.7)
+def test_sam_keeps_the_best_of_masks_whose_boxes_overlap(tmp_path: Path) -> None:
+    model, image = load_sam(tiny_sam(tmp_path), CPU), pictures(1, 40, 56)[0]
+    anything = {"least_quality": -1e9, "least_stability": 0.0, "points_per_side": 3}
+    alone = sam_regions(model, image, largest_overlap=0.0, **anything)
+    best = max(asked_point_by_point(model, image, 3), key=lambda one: one[0])[1]
+    assert ((alone == 1) == best).mean() > 0.98
+    assert len(np.unique(alone)) <= len(np.unique(sam_regions(model, image, largest_overlap=0.9, **anything)))
+
+
+def test_the_smallest_mask_lies_on_top() -> None:
+    masks = np.zeros((3, 10, 10), dtype=bool)
+    masks[0, 2:4, 2:4] = True
+    masks[1, :8, 1:] = True
+    masks[2, 1:5, 1:5] = True
     expected = np.zeros((10, 10), dtype=int)
     expected[:8, 1:] = 2
+    expected[1:5, 1:5] = 3
     expected[2:4, 2:4] = 1
-    np.testing.assert_array_equal(labels, expected)
+    np.testing.assert_array_equal(sam.smallest_on_top(masks), expected)
+    np.testing.assert_array_equal(sam.smallest_on_top(masks[:0]), np.zeros((10, 10)))
 
 
 def test_sam_needs_a_checkpoint_that_is_one(tmp_path: Path) -> None:
@@ -194,7 +235,7 @@ def test_every_segmenter_keeps_the_interface(method: str, tmp_path: Path) -> Non
     maps = attributions(3, 40, 32)
     maps[1] = -1
     ids = ["a", "b", "c"]
-    result = SEGMENTERS[method].segment(maps, pictures(3, 40, 32), ids, settings, CPU)
+    result = settings.segment(maps, pictures(3, 40, 32), ids, CPU)
     assert result["segments"].dtype == np.uint8
     assert result["segments"].shape == (3, 40, 32)
     assert result["weights"].shape == (3, 4)
@@ -204,7 +245,7 @@ def test_every_segmenter_keeps_the_interface(method: str, tmp_path: Path) -> Non
         assert result["segments"][n].max() < 4
         assert result["weights"][n].sum() == pytest.approx(1, abs=1e-6)
         assert (np.diff(result["weights"][n]) <= 0).all()
-    alone = SEGMENTERS[method].segment(maps[2:], pictures(3, 40, 32)[2:], ["c"], settings, CPU)
+    alone = settings.segment(maps[2:], pictures(3, 40, 32)[2:], ["c"], CPU)
     assert all(np.array_equal(alone[name][0], result[name][2]) for name in result)
 
 
@@ -262,7 +303,7 @@ class Workplace:
         return {file: file.read_bytes() for file in sorted(self.store.rglob("*.arrays"))}
 
 
-def with_segment(template: str, section: Segment) -> str:
+def with_segment(template: str, section: Segmenter) -> str:
     from io import StringIO
 
     from ruamel.yaml import YAML
@@ -299,14 +340,13 @@ def test_stage_writes_what_the_fit_says(workplace: Workplace) -> None:
 def test_stage_segments_no_map_twice(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only what is new is segmented: nothing the second time, one map when one changes, all for another J."""
     segmented: list[str] = []
-    original = SEGMENTERS["ppeps_wgm"].segment
+    original = PpepsWgm.segment
 
-    def counting(maps: np.ndarray, images: Any, ids: Any, settings: Segment, device: torch.device) -> Any:
+    def counting(self: PpepsWgm, maps: np.ndarray, images: Any, ids: Any, device: torch.device) -> Any:
         segmented.extend(ids)
-        return original(maps, images, ids, settings, device)
+        return original(self, maps, images, ids, device)
 
-    changed = type(SEGMENTERS["ppeps_wgm"])(**{**vars(SEGMENTERS["ppeps_wgm"]), "segment": counting})
-    monkeypatch.setitem(SEGMENTERS, "ppeps_wgm", changed)
+    monkeypatch.setattr(PpepsWgm, "segment", counting)
     workplace.run()
     assert segmented == workplace.ids
     first = {file: file.read_bytes() for file in (workplace.folder / "segments.zarr").rglob("*") if file.is_file()}
@@ -335,7 +375,8 @@ def test_stage_mends_a_damaged_record(workplace: Workplace, caplog: pytest.LogCa
 def test_an_earlier_output_holds_all_that_the_store_needs(workplace: Workplace, method: str) -> None:
     workplace.run(method=method)
     elsewhere = Store(workplace.folder / "elsewhere")
-    take_in(workplace.folder / "segments.zarr", elsewhere)
+    for key, record in records_in(workplace.folder / "segments.zarr"):
+        elsewhere.put_arrays("segmentations", key, record)
     records = {file.relative_to(workplace.store): content for file, content in workplace.records().items()}
     assert len(records) == 5
     assert {f.relative_to(elsewhere.root): f.read_bytes() for f in elsewhere.root.rglob("*.arrays")} == records
@@ -349,7 +390,7 @@ def test_stage_runs_the_other_segmenters(workplace: Workplace, method: str) -> N
     out = workplace.folder / "segments.zarr"
     assert read_array(out, "segments").shape == (5, 24, 24)
     images = read_array(workplace.folder / "images.zarr", "images")[1:]  # "another" sorts before the samples
-    expected = SEGMENTERS[method].segment(workplace.maps, images, workplace.ids, config(method=method), CPU)
+    expected = config(method=method).segment(workplace.maps, images, workplace.ids, CPU)
     np.testing.assert_array_equal(read_array(out, "segments"), expected["segments"])
 
 

@@ -6,9 +6,8 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from lvlmva_core.datasets import Dataset, prepare_dataset
-from lvlmva_core.datasets.settings import Prepare, Skin
-from lvlmva_core.datasets.skin import add_bandage
+from lvlmva_core.datasets import Dataset
+from lvlmva_core.datasets.skin import Skin, SkinPrepare, add_bandage
 from lvlmva_core.errors import InputError
 from tests.data import needs_data
 
@@ -26,7 +25,7 @@ SMALL = Skin(
 
 
 def _prepare(root: Path, skin: Skin = SMALL, size: int = SIZE) -> Dataset:
-    return prepare_dataset(Prepare(dataset="skin", root=str(root), seed=0, image_size=size, skin=skin))
+    return SkinPrepare(root=str(root), seed=0, image_size=size, skin=skin).prepare()
 
 
 @pytest.fixture(scope="module")

@@ -1,30 +1,11 @@
-"""Explanation maps by name: one interface for all, so that regions can be cut from any of them."""
-
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import NamedTuple
+"""Plain explanation maps to compare with: gradients and integrated gradients, and the explanations that they make."""
 
 import torch
 from torch import Tensor, nn
 
-from lvlmva_core.attribution.deep_lift import Explanation, check_arguments, explain
+from lvlmva_core.attribution.deep_lift import Explanation, check_arguments
 from lvlmva_core.compute import eval_mode
-
-
-class Method(NamedTuple):
-    """A way to explain a logit.
-
-    version: goes up whenever the maps change, so that stored ones are not taken for new ones.
-    complete: the maps add up to the difference of outputs but for rounding; where False, the gap is a property of the
-        method and no error.
-    settings: keys of the section `attribute` that change the maps.
-    explain: (model, inputs, baselines, targets, batch_size, integration_steps) -> Explanation.
-    """
-
-    version: int
-    complete: bool
-    settings: tuple[str, ...]
-    explain: Callable[[nn.Module, Tensor, Tensor, Tensor, int, int], Explanation]
+from lvlmva_core.errors import InputError
 
 
 def gradient(model: nn.Module, inputs: Tensor, targets: int | Tensor) -> Tensor:
@@ -41,9 +22,14 @@ def integrated_gradients(
 
     Returns:
         (B, C, H, W); adds up to the difference of outputs but for the error of `steps` points of integration.
-    """
-    from captum.attr import IntegratedGradients
 
+    Raises:
+        InputError: captum is not installed, or as `deep_lift_shap`.
+    """
+    try:
+        from captum.attr import IntegratedGradients
+    except ImportError as error:
+        raise InputError("integrated_gradients needs captum: pip install 'lvlmva[captum]'") from error
     wanted = check_arguments(model, inputs, baselines, targets)
     with eval_mode(model):
         captum = IntegratedGradients(model, multiply_by_inputs=True)
@@ -74,24 +60,19 @@ def _expected(model: nn.Module, baselines: Tensor, targets: Tensor, batch_size: 
     return logits.mean(0)[targets]
 
 
-def _explain_gradient(
-    model: nn.Module, inputs: Tensor, baselines: Tensor, targets: Tensor, batch_size: int, steps: int
+def explain_by_gradient(
+    model: nn.Module, inputs: Tensor, baselines: Tensor, targets: Tensor, batch_size: int
 ) -> Explanation:
+    """`gradient` of one sample after the other: a map has the same bits whatever is explained beside it."""
     parts = [_gradient(model, inputs[n : n + 1], targets[n : n + 1]) for n in range(len(inputs))]
     maps, outputs = torch.cat([slope for slope, _ in parts]), torch.cat([output for _, output in parts])
     return Explanation(maps, outputs, _expected(model, baselines, targets, batch_size))
 
 
-def _explain_gradient_x_input(
+def explain_by_integrated_gradients(
     model: nn.Module, inputs: Tensor, baselines: Tensor, targets: Tensor, batch_size: int, steps: int
 ) -> Explanation:
-    found = _explain_gradient(model, inputs, baselines, targets, batch_size, steps)
-    return Explanation(found.attributions * inputs, found.output, found.expected)
-
-
-def _explain_integrated_gradients(
-    model: nn.Module, inputs: Tensor, baselines: Tensor, targets: Tensor, batch_size: int, steps: int
-) -> Explanation:
+    """`integrated_gradients` of one sample after the other."""
     maps = [
         integrated_gradients(
             model, inputs[n : n + 1], baselines, targets[n : n + 1], steps=steps, batch_size=batch_size
@@ -100,20 +81,3 @@ def _explain_integrated_gradients(
     ]
     outputs = torch.cat([_gradient(model, inputs[n : n + 1], targets[n : n + 1])[1] for n in range(len(inputs))])
     return Explanation(torch.cat(maps), outputs, _expected(model, baselines, targets, batch_size))
-
-
-def _explain_deep_lift_shap(
-    model: nn.Module, inputs: Tensor, baselines: Tensor, targets: Tensor, batch_size: int, steps: int
-) -> Explanation:
-    # one sample a pass: its map has the same bits whatever else is explained beside it
-    return explain(model, inputs, baselines, targets, batch_size=batch_size, samples_at_once=1)
-
-
-METHODS: Mapping[str, Method] = MappingProxyType(
-    {
-        "deep_lift_shap": Method(1, True, (), _explain_deep_lift_shap),
-        "gradient": Method(1, False, (), _explain_gradient),
-        "gradient_x_input": Method(1, False, (), _explain_gradient_x_input),
-        "integrated_gradients": Method(1, False, ("integration_steps",), _explain_integrated_gradients),
-    }
-)
