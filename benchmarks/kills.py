@@ -4,8 +4,8 @@ python -m benchmarks.kills [--kills 1000] [--samples 64] [--seed 0]     prints t
 
 A round is one project from an empty store to both outputs. A stage is a process (forked from one that has imported
 everything, since starting Python would take most of the time); it is killed (SIGKILL) after a random time, and started
-again, until it comes to its end by itself. At every end, killed or not, it is checked from the server's log and the store
-that no question was sent whose answer lay in the store when the stage started, and that no answer which was sent once
+again, until it comes to its end by itself. At every end, killed or not, it is checked from the server's log and the
+store that no question was sent whose answer lay in the store when the stage started, and that no answer which was sent once
 stands in the store twice. When both are done, each question has one answer, and the outputs are those of a round
 without a kill.
 """
@@ -116,7 +116,7 @@ def _round(
             process = _start(here, name)
             # one in five anywhere, the others in the time in which something is asked
             deadline = time.monotonic() + (generator.uniform(0.0, 1.0) if generator.random() < 0.2 else 60.0)
-            while process.is_alive() and len(server.log()) == before and time.monotonic() < deadline:
+            while process.is_alive() and server.count()[0] == before and time.monotonic() < deadline:
                 time.sleep(0.005)
             process.join(generator.uniform(0.0, 0.2))
             if process.is_alive():
@@ -147,7 +147,7 @@ def _round(
 
 def _settle(server: Server) -> None:
     """Wait until the server has answered what was under way."""
-    while server.at_once():
+    while server.count()[1]:
         time.sleep(0.01)
 
 
