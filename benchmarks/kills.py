@@ -5,8 +5,8 @@ python -m benchmarks.kills [--kills 1000] [--samples 64] [--seed 0]     prints t
 A round is one project from an empty store to both outputs. A stage is a process (forked from one that has imported
 everything, since starting Python would take most of the time); it is killed (SIGKILL) after a random time, and started
 again, until it comes to its end by itself. At every end, killed or not, it is checked from the server's log and the
-store that no question was sent whose answer lay in the store when the stage started, and that no answer which was sent once
-stands in the store twice. When both are done, each question has one answer, and the outputs are those of a round
+store that no question was sent whose answer lay in the store when the stage started, and that no answer which was sent
+once stands in the store twice. When both are done, each question has one answer, and the outputs are those of a round
 without a kill.
 """
 
@@ -23,8 +23,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx2  # noqa: F401 - so that the processes which are forked have it
+# so that the processes which are forked have them
+import filelock  # noqa: F401
+import httpx2  # noqa: F401
+import jinja2.sandbox  # noqa: F401
 import openai  # noqa: F401
+import pandas  # noqa: F401
+import PIL.Image  # noqa: F401
+import pyarrow.parquet  # noqa: F401
+import ruamel.yaml  # noqa: F401
+import zarr  # noqa: F401
 
 from stages.critique import critique
 from stages.judge import judge
@@ -118,7 +126,7 @@ def _round(
             deadline = time.monotonic() + (generator.uniform(0.0, 1.0) if generator.random() < 0.2 else 60.0)
             while process.is_alive() and server.count()[0] == before and time.monotonic() < deadline:
                 time.sleep(0.005)
-            process.join(generator.uniform(0.0, 0.2))
+            process.join(generator.uniform(0.0, 0.5))
             if process.is_alive():
                 process.kill()
             process.join()
