@@ -122,11 +122,12 @@ def _round(
             known = {questions[answer] for answer in kept.values()}
             before = len(questions)
             process = _start(here, name)
-            # one in five anywhere, the others in the time in which something is asked
+            # one in five anywhere, the others once a random number of questions was asked
+            moment = before + generator.randint(1, 3 * CONCURRENCY)
             deadline = time.monotonic() + (generator.uniform(0.0, 1.0) if generator.random() < 0.2 else 60.0)
-            while process.is_alive() and server.count()[0] == before and time.monotonic() < deadline:
+            while process.is_alive() and server.count()[0] < moment and time.monotonic() < deadline:
                 time.sleep(0.005)
-            process.join(generator.uniform(0.0, 0.5))
+            process.join(generator.uniform(0.0, 0.1))
             if process.is_alive():
                 process.kill()
             process.join()
