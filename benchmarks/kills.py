@@ -23,22 +23,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# so that the processes which are forked have them
-import filelock  # noqa: F401
-import httpx2  # noqa: F401
-import jinja2.sandbox  # noqa: F401
-import openai  # noqa: F401
-import pandas  # noqa: F401
-import PIL.Image  # noqa: F401
-import pyarrow.parquet  # noqa: F401
-import ruamel.yaml  # noqa: F401
-import zarr  # noqa: F401
-
 from stages.critique import critique
 from stages.judge import judge
 from tests.pipeline.calls import KEY, Server, project, running_server
 
 CONCURRENCY = 8
+IMPORTED = [  # by the process that the others are forked from
+    *("stages.critique", "stages.judge", "filelock", "httpx2", "jinja2.sandbox", "openai", "pandas", "PIL.Image"),
+    *("pyarrow.parquet", "ruamel.yaml", "zarr"),
+]
 STAGES = ("critique", "judge")
 
 
@@ -59,7 +52,7 @@ def run_stage(here: Path, name: str) -> None:
 
 def _start(here: Path, name: str) -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.kills"])
+    context.set_forkserver_preload(IMPORTED)
     process = context.Process(target=run_stage, args=(here, name))
     process.start()
     return process
