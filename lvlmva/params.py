@@ -133,6 +133,34 @@ class Params(Settings):
             )
         return chosen
 
+    def check_supervision(self, *, groups: bool, true_masks: bool) -> None:
+        """Refuse what needs labels that the data set does not have, before anything is trained for it.
+
+        Args:
+            groups: whether it is known which pictures hold the spurious feature. true_masks: whether its mask is known
+                in any training picture.
+
+        Raises:
+            InputError: naming the method or rule, and what to remove.
+        """
+        lacking = {
+            "groups": None if groups else "group labels (which pictures hold the spurious feature)",
+            "true_masks": None if true_masks else "true masks of the spurious feature",
+        }
+        for name, settings in self.chosen_methods().items():
+            section = "methods" if name in self.methods else "retrained"
+            if (need := METHODS[name].needs) and lacking[need]:
+                raise InputError(
+                    f"{section}.{name} needs {lacking[need]}, and the data set has none; "
+                    f"remove '{name}' from `{section}`"
+                )
+            rule = getattr(settings, "rule", None) or getattr(getattr(settings, "selection", None), "rule", None)
+            if rule == "worst_group" and lacking["groups"]:
+                raise InputError(
+                    f"{section}.{name}: the rule worst_group needs {lacking['groups']}, and the data set has none; "
+                    f"set it to {'accuracy' if section == 'retrained' else 'pseudo_group, which needs none'}"
+                )
+
 
 def _check_method(section: str, name: str, kind: str) -> None:
     known = [each for each, method in METHODS.items() if method.kind == kind]

@@ -28,30 +28,76 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], attrs: Mapping[st
         arrays: name -> (N, ...) array, N > 0.
         attrs: JSON-able facts about the arrays (provenance). No times: the same input must give the same bytes.
     """
-    import zarr
-    from zarr.codecs import BloscCodec, BloscShuffle, Crc32cCodec
+    with ArrayWriter(path) as writer:
+        writer.append(arrays)
+        writer.attrs = attrs
 
-    building = path.with_name(path.name + ".partial")
-    shutil.rmtree(building, ignore_errors=True)
-    building.parent.mkdir(parents=True, exist_ok=True)
-    with zarr.config.set({"array.write_empty_chunks": True, "async.concurrency": 4}):
-        group = zarr.create_group(store=str(building), zarr_format=3, attributes=json.loads(_dump(attrs)))
+
+class ArrayWriter:
+    """Writes arrays that need not fit into memory: what is appended in parts is what `write_arrays` writes at once.
+
+    A context manager; where it is left by an exception, nothing is written and what stood at `path` stays.
+
+    attrs: as of `write_arrays`; to be set before the end.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.attrs: Mapping[str, Any] = {}
+        self._path = path
+        self._building = path.with_name(path.name + ".partial")
+        self._waiting: dict[str, np.ndarray] = {}
+        self._stored: dict[str, Any] = {}
+
+    def __enter__(self) -> "ArrayWriter":
+        import zarr
+
+        shutil.rmtree(self._building, ignore_errors=True)
+        self._building.parent.mkdir(parents=True, exist_ok=True)
+        self._group = zarr.create_group(store=str(self._building), zarr_format=3)
+        return self
+
+    def append(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Add rows to each array: name -> (n, ...), the same names, shapes of a row and dtypes each time."""
         for name in sorted(arrays):
-            array = np.ascontiguousarray(arrays[name])
-            stored = group.create_array(
-                name,
-                shape=array.shape,
-                dtype=array.dtype,
-                chunks=(_chunk_rows(array), *array.shape[1:]),
-                shards=(SHARD_ROWS, *array.shape[1:]),
-                compressors=[
-                    BloscCodec(typesize=array.itemsize, cname="zstd", clevel=5, shuffle=BloscShuffle.shuffle),
-                    Crc32cCodec(),
-                ],
-            )
-            stored[...] = array
-    shutil.rmtree(path, ignore_errors=True)
-    building.rename(path)
+            rows = np.ascontiguousarray(arrays[name])
+            if name in self._waiting:
+                rows = np.concatenate([self._waiting[name], rows])
+            whole = len(rows) // SHARD_ROWS * SHARD_ROWS  # a shard is written once, when it is full
+            self._write(name, rows[:whole])
+            self._waiting[name] = rows[whole:]
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            shutil.rmtree(self._building, ignore_errors=True)
+            return
+        for name, rows in self._waiting.items():
+            self._write(name, rows)
+        self._group.update_attributes(json.loads(_dump(self.attrs)))
+        shutil.rmtree(self._path, ignore_errors=True)
+        self._building.rename(self._path)
+
+    def _write(self, name: str, rows: np.ndarray) -> None:
+        import zarr
+        from zarr.codecs import BloscCodec, BloscShuffle, Crc32cCodec
+
+        with zarr.config.set({"array.write_empty_chunks": True, "async.concurrency": 4}):
+            if name not in self._stored:
+                self._stored[name] = self._group.create_array(
+                    name,
+                    shape=(0, *rows.shape[1:]),
+                    dtype=rows.dtype,
+                    chunks=(_chunk_rows(rows), *rows.shape[1:]),
+                    shards=(SHARD_ROWS, *rows.shape[1:]),
+                    compressors=[
+                        BloscCodec(typesize=rows.itemsize, cname="zstd", clevel=5, shuffle=BloscShuffle.shuffle),
+                        Crc32cCodec(),
+                    ],
+                )
+            if len(rows):
+                stored = self._stored[name]
+                start = stored.shape[0]
+                stored.resize((start + len(rows), *rows.shape[1:]))
+                stored[start:] = rows
 
 
 def read_array(path: Path, name: str, rows: np.ndarray | slice | None = None) -> np.ndarray:

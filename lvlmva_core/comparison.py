@@ -13,12 +13,15 @@ from lvlmva_core.errors import InputError
 from lvlmva_core.metrics import METRICS, Measured, entropy_auroc, group_accuracies, verdict_quality
 from lvlmva_core.outputs import BASE, Outputs
 from lvlmva_core.regions import ON_OBJECT, Overlap, overlaps
+from lvlmva_core.samples import groups_known
 from lvlmva_core.statistics import mean_and_std, wilcoxon_test
 
 if TYPE_CHECKING:
     from lvlmva_core.lvlm.records import VerdictRow
 
 SUBJECT = "lvlm_va"  # tested against every other method; the others against the base model
+
+GROUP_COLUMNS = ["label", "spurious", "count", "accuracy", "method", "seed"]
 
 Runs = dict[str, dict[str, dict[str, float]]]  # method -> seed -> "split.metric" -> value
 
@@ -34,13 +37,14 @@ def measure(
 
     Returns:
         Values of each method, seed and "split.metric"; and the accuracy of each group of the split `test`: columns
-        label, spurious, count, accuracy, method, seed.
+        label, spurious, count, accuracy, method, seed; without a row where groups are not known.
 
     Raises:
         InputError: a method was measured on other samples than the table has.
     """
     rows = samples[samples["split"].str.startswith("test")]
     shares = samples.loc[samples["split"] == "train", "group"].value_counts(normalize=True)
+    known = groups_known(samples)
     values: Runs = {}
     groups = []
     for method, found in outputs.items():
@@ -56,20 +60,21 @@ def measure(
                 measured = Measured(
                     predictions[chosen, place],
                     table["label"].to_numpy(),
-                    table["spurious"].to_numpy(),
+                    table["spurious"].to_numpy(dtype=bool) if known else None,
                     table["group"].to_numpy(),
                     shares,
                     maps,
                     masks,
                 )
                 of_model |= _values(measured, split)
-                if split == "test":
+                if measured.spurious is not None and split == "test":
                     per_group = group_accuracies(measured.predictions, measured.labels, measured.spurious)
                     groups.append(per_group.assign(method=method, seed=seed))
+                if split == "test":
                     corrupted = {name: predicted[:, place] for name, predicted in found.corrupted.items()}
                     of_model |= _robustness(corrupted, measured.labels, of_model["test.accuracy"])
             values[method][seed] = of_model
-    return values, pd.concat(groups, ignore_index=True)
+    return values, pd.concat(groups, ignore_index=True) if groups else pd.DataFrame(columns=GROUP_COLUMNS)
 
 
 def _places(rows: pd.DataFrame) -> dict[str, np.ndarray]:
@@ -129,6 +134,24 @@ def tests(values: Runs) -> dict[str, Any]:
     return found
 
 
+def left_out(*, groups: bool, test_masks: bool, alignment_masks: bool) -> dict[str, str]:
+    """What is not measured -> why: nothing is left out without a word.
+
+    Args:
+        groups: whether every sample's spurious feature is known. test_masks, alignment_masks: whether the true mask is
+            known of any picture of the split `test` that has one, and of the alignment set.
+    """
+    found = {}
+    if not groups:
+        why = "the table of samples does not say which pictures hold the spurious feature"
+        found = dict.fromkeys(["AGA, WGA and the accuracy of each group", "AUROC of the entropy"], why)
+    if not test_masks:
+        found["μ_align"] = "no true mask of a test picture is known"
+    if not alignment_masks:
+        found["precision and recall of the verdicts"] = "no true mask of the alignment set is known"
+    return found
+
+
 def entropy_summary(entropies: np.ndarray, spurious: np.ndarray, label: np.ndarray) -> dict[str, Any]:
     """How well the base model's entropy on the training split marks the spurious feature, overall and per class."""
     per_class = {str(k): entropy_auroc(entropies[label == k], spurious[label == k]) for k in np.unique(label)}
@@ -167,7 +190,7 @@ def verdict_summary(
         "samples": len(records),
         "samples_failed": sum(verdict is None for verdict in given),
         "samples_with_true_mask": int(np.sum(known)),
-        "overlap_of_record": overlap,
+        **({"overlap_of_record": overlap} if known.any() else {}),
         **verdicts_against_truth(given, segments, attributions, spurious_masks, known, object_masks),
     }
 
@@ -180,7 +203,7 @@ def verdicts_against_truth(
     known: np.ndarray,
     object_masks: np.ndarray | None,
 ) -> dict[str, Any]:
-    """Precision and recall of verdicts under each overlap rule, over samples whose true mask is known.
+    """Precision and recall of verdicts under each overlap rule, over samples whose true mask is known (if any is).
 
     Args:
         verdicts: of each sample, region -> "yes" | "no"; None where they failed.
@@ -188,7 +211,7 @@ def verdicts_against_truth(
         object_masks: bool (N, H, W), then it is also counted which regions off the object were rejected; or None.
     """
     summary: dict[str, Any] = {}
-    for rule in get_args(Overlap):
+    for rule in get_args(Overlap) if known.any() else ():
         judged, truth = [], []
         for row, given in enumerate(verdicts):
             if given is not None and known[row]:

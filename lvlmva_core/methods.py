@@ -14,7 +14,7 @@ class Method:
 
     kind: "base"; "penalty": fine-tunes the base model on masks, which `lvlmva_core.controls.MASK_SOURCES` makes for it;
         "retrained": trains anew or refits, by `lvlmva_core/baselines/<name>.py`.
-    supervision: what it needs beside class labels.
+    supervision: what it needs beside class labels. needs: what of it a data set may not have.
     fixed: settings that make it what it is.
     """
 
@@ -23,6 +23,7 @@ class Method:
     kind: Literal["base", "penalty", "retrained"]
     supervision: str
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    needs: Literal["groups", "true_masks"] | None = None
 
 
 METHODS: dict[str, Method] = {
@@ -33,10 +34,22 @@ METHODS: dict[str, Method] = {
     ),
     "random_pictures": Method("control: random pictures", "#ead7c0", "penalty", "area of LVLM-VA's masks"),
     "jtt": Method("JTT", "#9edae5", "retrained", "none in training; in validation what jtt.rule says"),
-    "subg": Method("SUBG (group labels)", "#c5b0d5", "retrained", "group labels in training"),
-    "dfr": Method("DFR (group labels)", "#9467bd", "retrained", "group labels of the split that it is refitted on"),
+    "subg": Method("SUBG (group labels)", "#c5b0d5", "retrained", "group labels in training", needs="groups"),
+    "dfr": Method(
+        "DFR (group labels)",
+        "#9467bd",
+        "retrained",
+        "group labels of the split that it is refitted on",
+        needs="groups",
+    ),
     SUBJECT: Method("LVLM-VA", "#1f77b4", "penalty", "a description per class; verdicts of the critic"),
-    "rrr_gt": Method("RRR with true masks (bound)", "#2ca02c", "penalty", "true spurious masks of the alignment set"),
+    "rrr_gt": Method(
+        "RRR with true masks (bound)",
+        "#2ca02c",
+        "penalty",
+        "true spurious masks of the alignment set",
+        needs="true_masks",
+    ),
 }
 
 

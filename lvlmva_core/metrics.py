@@ -132,14 +132,14 @@ def _columns(**columns: ArrayLike) -> pd.DataFrame:
 class Measured:
     """What one model said of one split, and what is true of it.
 
-    predictions, labels: int (N,). spurious: bool (N,). groups: (N,) names. training_shares: a group's name -> its share
-    of the training split. maps, masks: attributions float (n, H, W) and true spurious masks bool (n, H, W) of some of
-    the samples, or None.
+    predictions, labels: int (N,). spurious: bool (N,), None where groups are not known. groups: (N,) names.
+    training_shares: a group's name -> its share of the training split.
+    maps, masks: attributions float (n, H, W) and true spurious masks bool (n, H, W) of some of the samples, or None.
     """
 
     predictions: np.ndarray
     labels: np.ndarray
-    spurious: np.ndarray
+    spurious: np.ndarray | None
     groups: np.ndarray
     training_shares: pd.Series
     maps: np.ndarray | None
@@ -181,20 +181,26 @@ def accuracy(of: Measured) -> float:
 
 
 @metric("AGA", tested=True)
-def aga(of: Measured) -> float:
-    """Plain mean of the groups' accuracies (LVLM-VA §5)."""
+def aga(of: Measured) -> float | None:
+    """Plain mean of the groups' accuracies (LVLM-VA §5); None where groups are not known."""
+    if of.spurious is None:
+        return None
     return float(group_accuracies(of.predictions, of.labels, of.spurious)["accuracy"].mean())
 
 
 @metric("WGA", tested=True)
-def wga(of: Measured) -> float:
-    """Accuracy of the worst group (LVLM-VA §5)."""
+def wga(of: Measured) -> float | None:
+    """Accuracy of the worst group (LVLM-VA §5); None where groups are not known."""
+    if of.spurious is None:
+        return None
     return float(group_accuracies(of.predictions, of.labels, of.spurious)["accuracy"].min())
 
 
 @metric()
-def accuracy_weighted_by_training_groups(of: Measured) -> float:
+def accuracy_weighted_by_training_groups(of: Measured) -> float | None:
     """Mean of the groups' accuracies, each weighted by the group's share of the training split."""
+    if of.spurious is None:
+        return None
     by_group = pd.Series(of.predictions == of.labels).groupby(of.groups).mean()
     shares = of.training_shares.reindex(by_group.index).fillna(0.0)
     return float((by_group * shares).sum() / shares.sum())

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lvlmva_core.errors import InputError
+from lvlmva_core.samples import groups_known
 
 Strategy = Literal["low_entropy", "high_entropy", "random"]
 
@@ -79,20 +80,24 @@ def select_alignment_set(
 
 
 def summary_of(chosen: pd.DataFrame, training: pd.DataFrame) -> dict[str, Any]:
-    """What an alignment set is made of, for the metrics file.
+    """What an alignment set is made of, for the metrics file; without its groups where these are not known.
 
     Args:
         chosen: as `select_alignment_set` returned it. training: rows of the sample table of the training split.
     """
     members = training.set_index("id").loc[chosen["id"]]
-    return {
+    summary = {
         "samples": len(chosen),
-        "share_with_spurious_feature": float(members["spurious"].mean()),
-        "share_with_spurious_feature_in_training": float(training["spurious"].mean()),
         "samples_per_class": {str(k): int(n) for k, n in members["label"].value_counts().sort_index().items()},
-        "samples_per_group": {str(k): int(n) for k, n in members["group"].value_counts().sort_index().items()},
         "entropy_largest_nats": float(chosen["entropy"].max()),
     }
+    if groups_known(training):
+        summary |= {
+            "share_with_spurious_feature": float(members["spurious"].mean()),
+            "share_with_spurious_feature_in_training": float(training["spurious"].mean()),
+            "samples_per_group": {str(k): int(n) for k, n in members["group"].value_counts().sort_index().items()},
+        }
+    return summary
 
 
 def masked_share(attributions: np.ndarray, masks: np.ndarray) -> np.ndarray:

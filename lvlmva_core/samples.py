@@ -33,8 +33,8 @@ def read_samples(path: Path) -> pd.DataFrame:
     """Read samples.parquet: one row a sample, sorted by id, in the row order of images.zarr.
 
     Columns: `id` (str, unique), `split` (str), `label` (int64, 0..K-1), `spurious` (bool: the spurious feature is in
-    the picture), `group` (str, "label/spurious"), `source` (str, where the raw image came from), `sha256` (str, of the
-    prepared pixels).
+    the picture; null for all where nobody knows), `group` (str, "class/spurious" or "class/plain"; the class alone
+    where nobody knows), `source` (str, where the raw image came from), `sha256` (str, of the prepared pixels).
 
     Raises:
         InputError: a column is missing, or ids are doubled or unsorted.
@@ -44,6 +44,11 @@ def read_samples(path: Path) -> pd.DataFrame:
     if not (ids[:-1] < ids[1:]).all():
         raise InputError(f"{path}: sample ids must be unique and sorted; rerun `dvc repro prepare`")
     return samples
+
+
+def groups_known(samples: pd.DataFrame) -> bool:
+    """Whether the table says of every sample if the spurious feature is in the picture."""
+    return bool(samples["spurious"].notna().all())
 
 
 def rows_of_split(samples: pd.DataFrame, split: str) -> np.ndarray:
@@ -84,7 +89,9 @@ def read_known_masks(path: Path, samples: pd.DataFrame, ids: list[str]) -> tuple
     """Those of `ids` whose true mask is known, and these masks, bool (n, H, W). Raises InputError where none is."""
     masks, known = read_spurious_masks(path, rows_of_ids(samples, ids))
     if not known.any():
-        raise InputError(f"{path}: no true mask is known for any of the {len(ids)} samples asked for")
+        raise InputError(
+            f"{path}: no true mask is known for any of the {len(ids)} samples asked for; use what needs none"
+        )
     return [sample for sample, is_known in zip(ids, known, strict=True) if is_known], masks[known]
 
 

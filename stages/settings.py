@@ -6,11 +6,14 @@ from lvlmva.entry import run
 from lvlmva.params import load_params, prompts_folder
 from lvlmva_core.arrays import write_json
 from lvlmva_core.lvlm.prompts import CRITIC_FILES, JUDGE_FILES, prompts_digest
+from lvlmva_core.samples import groups_known, read_samples, read_spurious_masks, rows_of_split
 
 
-def settings(params: Path, prompts: Path, settings: Path) -> None:
+def settings(params: Path, samples: Path, spurious_masks: Path, prompts: Path, settings: Path) -> None:
     """Write what each method and each prompt is made of, so that what follows runs anew only when its own changes."""
-    loaded = load_params(params)
+    loaded, table = load_params(params), read_samples(samples)
+    known = read_spurious_masks(spurious_masks, rows_of_split(table, "train"))[1]
+    loaded.check_supervision(groups=groups_known(table), true_masks=bool(known.any()))
     for name, chosen in loaded.chosen_methods().items():
         write_json(settings / f"{name}.json", chosen.model_dump())
     for section, name, files in (

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lvlmva_core.errors import InputError
-from lvlmva_core.samples import Split
+from lvlmva_core.samples import Split, groups_known
 from lvlmva_core.statistics import mean_and_std
 
 if TYPE_CHECKING:
@@ -123,7 +123,12 @@ def selection_of(settings: "AlignSettings", validation: Split, alignment: Split,
     if chosen.rule == "accuracy":
         return by_accuracy(images, labels)
     if chosen.rule == "worst_group":
-        has_spurious = torch.from_numpy(validation.table["spurious"].to_numpy(copy=True)).to(images.device)
+        if not groups_known(validation.table):
+            raise InputError(
+                "selection.rule worst_group needs group labels, which the data set does not have; set it to "
+                "pseudo_group, which needs none"
+            )
+        has_spurious = torch.from_numpy(validation.table["spurious"].to_numpy(dtype=bool, copy=True)).to(images.device)
         return by_worst_group(images, labels, has_spurious)
     if chosen.rule != "pseudo_group":
         raise ValueError(f"rule '{chosen.rule}': expected one of {', '.join(SUPERVISION)}")

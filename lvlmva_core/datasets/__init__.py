@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from lvlmva_core.arrays import write_arrays, write_table
 from lvlmva_core.errors import InputError
@@ -45,30 +46,29 @@ def assemble(
     ids: list[str],
     split: np.ndarray,
     label: np.ndarray,
-    spurious: np.ndarray,
+    spurious: np.ndarray | None,
     source: list[str],
     images: np.ndarray,
     spurious_masks: np.ndarray,
     known: np.ndarray,
     object_masks: np.ndarray | None = None,
 ) -> Dataset:
-    """Put columns and arrays of equal length into one data set, sorted by sample id."""
+    """Put columns and arrays of equal length into one data set, sorted by sample id.
+
+    spurious: bool (N,), None where nobody knows in which pictures the spurious feature is.
+    """
     order = np.argsort(np.asarray(ids, dtype=str), kind="stable")
-    table = pd.DataFrame(
-        {
-            "id": np.asarray(ids, dtype=str)[order],
-            "split": np.asarray(split, dtype=str)[order],
-            "label": label.astype(np.int64)[order],
-            "spurious": spurious.astype(bool)[order],
-            "source": np.asarray(source, dtype=str)[order],
-        }
-    )
-    table["group"] = [
-        f"{class_names[k]}/{'spurious' if s else 'plain'}"
-        for k, s in zip(table["label"], table["spurious"], strict=True)
-    ]
     images = np.ascontiguousarray(images[order])
-    table["sha256"] = [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
+    digests = np.array([hashlib.sha256(image.tobytes()).hexdigest() for image in images])
+    table = sample_table(
+        class_names,
+        np.asarray(ids, dtype=str)[order],
+        np.asarray(split, dtype=str)[order],
+        label[order],
+        None if spurious is None else spurious[order],
+        np.asarray(source, dtype=str)[order],
+        digests,
+    )
     for wanted in ("train", "val", "test"):
         if not (table["split"] == wanted).any():
             raise InputError(f"data set '{name}' has no '{wanted}' split; see what `prepare.root` points to")
@@ -77,11 +77,44 @@ def assemble(
         class_names,
         spurious_feature,
         images,
-        table[COLUMNS],
+        table,
         spurious_masks[order].astype(bool),
         known[order],
         None if object_masks is None else object_masks[order].astype(bool),
     )
+
+
+def sample_table(
+    class_names: list[str],
+    ids: ArrayLike,
+    split: ArrayLike,
+    label: np.ndarray,
+    spurious: np.ndarray | None,
+    source: ArrayLike,
+    digests: ArrayLike,
+) -> pd.DataFrame:
+    """The table that `lvlmva_core.samples.read_samples` describes; N samples by rising id.
+
+    spurious: None where groups are not known; then the column is null, and a sample's group is its class.
+    digests: sha256 of each sample's prepared pixels.
+    """
+    classes = [class_names[k] for k in label]
+    table = pd.DataFrame(
+        {
+            "id": np.asarray(ids, dtype=str),
+            "split": np.asarray(split, dtype=str),
+            "label": label.astype(np.int64),
+            "spurious": pd.array([None] * len(label), dtype="boolean") if spurious is None else spurious.astype(bool),
+            "source": np.asarray(source, dtype=str),
+            "sha256": np.asarray(digests, dtype=str),
+        }
+    )
+    table["group"] = (
+        classes
+        if spurious is None
+        else [f"{name}/{'spurious' if has else 'plain'}" for name, has in zip(classes, table["spurious"], strict=True)]
+    )
+    return table[COLUMNS]
 
 
 def write_dataset(dataset: Dataset, images: Path, samples: Path, spurious_masks: Path) -> None:

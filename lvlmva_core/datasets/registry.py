@@ -6,12 +6,13 @@ from typing import Annotated, get_args
 
 from pydantic import Field
 
-from lvlmva_core.datasets import decoy, knee, skin
+from lvlmva_core.datasets import decoy, folder, knee, skin
 from lvlmva_core.datasets.settings import PrepareSettings
 
 Known = (
     decoy.DecoyDigits
     | decoy.DecoyMnist
+    | folder.Folder
     | knee.KneePrepare
     | skin.SkinPrepare
 )  # fmt: skip

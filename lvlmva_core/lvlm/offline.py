@@ -196,7 +196,7 @@ def oracle(case: Case, settings: OracleCritic) -> str:
     assert case.attribution is not None
     if case.spurious_mask is None:
         raise InputError(
-            f"critique.critic 'oracle' needs the true mask of '{case.sample}', which is unknown; use another"
+            f"critique.critic 'oracle' needs the true mask of '{case.sample}', which is unknown; use another critic"
         )
     if settings.oracle_rejects == "off_object" and case.object_mask is None:
         raise InputError(

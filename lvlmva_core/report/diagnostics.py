@@ -33,30 +33,32 @@ def entropy_figure(entropies: np.ndarray, spurious: np.ndarray, auroc: float | N
 
 
 def embeddings_figure(
-    features: Mapping[str, np.ndarray], labels: np.ndarray, spurious: np.ndarray, class_names: Sequence[str]
+    features: Mapping[str, np.ndarray], labels: np.ndarray, spurious: np.ndarray | None, class_names: Sequence[str]
 ) -> Figure:
     """Features of the test samples before the last layer, on their own first two principal components, per model.
 
-    Colour is the class; a cross is a sample with the spurious feature, a dot one without.
+    Colour is the class; a cross is a sample with the spurious feature, a dot one without, or any where nobody knows.
 
     Args:
-        features: model's name -> float (N, D). labels: int (N,). spurious: bool (N,).
+        features: model's name -> float (N, D). labels: int (N,). spurious: bool (N,), or None.
     """
     from sklearn.decomposition import PCA
 
+    crossed = np.zeros(len(labels), dtype=bool) if spurious is None else spurious
     figure = Figure(figsize=(4.6 * len(features), 4.2), layout="constrained")
     for axes, (name, values) in zip(np.atleast_1d(figure.subplots(1, len(features))), features.items(), strict=True):
         components = PCA(2, svd_solver="full")  # of each, the largest entry is made positive
         places = components.fit_transform(values.astype(np.float64))
         for k, class_name in enumerate(class_names):
             for has, marker in ((False, "."), (True, "x")):
-                chosen = (labels == k) & (spurious == has)
+                chosen = (labels == k) & (crossed == has)
                 axes.scatter(
                     *places[chosen].T, s=14, marker=marker, color=f"C{k}", alpha=0.6, label="" if has else class_name
                 )
         axes.set_title(f"{name}\n{components.explained_variance_ratio_.sum():.0%} of the variance", fontsize=10)
         axes.set_xticks([])
         axes.set_yticks([])
-    figure.axes[0].scatter([], [], s=14, marker="x", color=WITHOUT, label="with the spurious feature")
+    if spurious is not None:
+        figure.axes[0].scatter([], [], s=14, marker="x", color=WITHOUT, label="with the spurious feature")
     figure.axes[0].legend(fontsize=8, frameon=False)
     return figure

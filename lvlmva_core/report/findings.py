@@ -14,7 +14,7 @@ from lvlmva_core.methods import METHODS
 from lvlmva_core.report import diagnostics, figures, tables
 from lvlmva_core.report.page import render_page
 from lvlmva_core.report.panel import Named, panel_of
-from lvlmva_core.samples import rows_of_ids
+from lvlmva_core.samples import groups_known, rows_of_ids
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,11 @@ class Findings:
 
 
 def figures_of(found: Findings) -> dict[str, tuple[str, Figure]]:
-    """Name of each figure -> its caption, and the figure."""
+    """Name of each figure -> its caption, and the figure; that of the entropy where groups are known."""
     content, table, names = found.content, found.samples, found.about["class_names"]
     who = tables.judged_by(content)
     caption = f"{found.about['dataset']}; {who}"
-    entropies = found.entropies["entropy"].to_numpy()
-    has = table["spurious"].to_numpy()[rows_of_ids(table, found.entropies["id"].tolist())]
+    spurious = table["spurious"].to_numpy(dtype=bool) if groups_known(table) else None
     test = table[table["split"] == "test"]
     seeds = content["methods"][SUBJECT]["seeds"]
     features = {METHODS[name].label: of_method for name, of_method in found.features.items()}
@@ -67,15 +66,23 @@ def figures_of(found: Findings) -> dict[str, tuple[str, Figure]]:
             "Validation accuracy during alignment.",
             figures.curves_figure(found.curves, found.base_accuracy),
         ),
-        "entropy": (
-            "Output entropy of training samples with and without the spurious feature.",
-            diagnostics.entropy_figure(entropies, has, content["entropy"]["auroc"]),
-        ),
+        **({} if spurious is None else {"entropy": _entropy(found, spurious)}),
         "embeddings": (
             "Embeddings of test samples before and after alignment.",
-            diagnostics.embeddings_figure(features, test["label"].to_numpy(), test["spurious"].to_numpy(), names),
+            diagnostics.embeddings_figure(
+                features, test["label"].to_numpy(), None if spurious is None else spurious[test.index], names
+            ),
         ),
     }
+
+
+def _entropy(found: Findings, spurious: np.ndarray) -> tuple[str, Figure]:
+    has = spurious[rows_of_ids(found.samples, found.entropies["id"].tolist())]
+    entropies = found.entropies["entropy"].to_numpy()
+    return (
+        "Output entropy of training samples with and without the spurious feature.",
+        diagnostics.entropy_figure(entropies, has, found.content["entropy"]["auroc"]),
+    )
 
 
 def page_of(found: Findings, pictures: Mapping[str, Path], params: str) -> str:
@@ -85,7 +92,7 @@ def page_of(found: Findings, pictures: Mapping[str, Path], params: str) -> str:
         title=f"LVLM-VA on {found.about['dataset']}",
         summary=f"Spurious feature: {found.about['spurious_feature']}. {who[0].upper()}{who[1:]}.",
         warning=tables.warning_of(found.content["verdicts"]),
-        tables=tables.page_tables(found.content),
+        tables=tables.page_tables(found.content, found.about["class_names"]),
         figures=pictures,
         params=params,
     )

@@ -1,6 +1,6 @@
 """Tables of what came out, from the content of metrics/evaluate.json."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lvlmva_core.comparison import SUBJECT
@@ -35,7 +35,12 @@ def before_and_after(content: Mapping[str, Any]) -> tuple[list[str], list[list[s
     extra = sorted(
         {split for measured in content["methods"].values() for split in measured if split.startswith("test_")}
     )
-    headings = {name: metric.heading for name, metric in METRICS.items() if metric.heading is not None}
+    measured_at_all = {metric for measured in content["methods"].values() for metric in measured["test"]}
+    headings = {
+        name: metric.heading
+        for name, metric in METRICS.items()
+        if metric.heading is not None and name in measured_at_all  # what is not stands in content["left_out"]
+    }
     columns = ["", *headings.values(), *(SPLITS.get(split, split) for split in extra)]
     rows = []
     for name in in_order(content["methods"]):
@@ -48,21 +53,16 @@ def before_and_after(content: Mapping[str, Any]) -> tuple[list[str], list[list[s
 
 def significance(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Column names and rows of LVLM-VA's difference to every other method, with its p values."""
-    columns = [
-        f"{METHODS[SUBJECT].label} minus",
-        "ΔWGA",
-        "p two-sided",
-        "p one-sided",
-        "ΔAGA",
-        "p two-sided",
-        "Δ accuracy",
-        "p two-sided",
-    ]
     tests = content["tests"].get(SUBJECT, {})
+    metrics = [metric for metric in ("wga", "aga", "accuracy") if metric in tests]
+    columns = [f"{METHODS[SUBJECT].label} minus"]
+    for metric in metrics:
+        columns += ["Δ accuracy" if metric == "accuracy" else f"Δ{METRICS[metric].heading}", "p two-sided"]
+        columns += ["p one-sided"] if metric == "wga" else []
     rows = []
-    for other in in_order(tests.get("wga", {})):
+    for other in in_order(tests[metrics[0]]) if metrics else []:
         row = [METHODS[other].label]
-        for metric in ("wga", "aga", "accuracy"):
+        for metric in metrics:
             found = tests[metric][other]
             row += [
                 f"{found['difference']['mean']:+.3f} ± {found['difference']['std']:.3f}",
@@ -162,29 +162,57 @@ def warning_of(verdicts: Mapping[str, Any]) -> str:
     )
 
 
-def page_tables(content: Mapping[str, Any]) -> list[Table]:
-    """The tables of the page: methods, verdicts, alignment set."""
-    chosen = content["alignment_set"]
-    return [
-        Table(
-            "Before and after",
-            "Test split; mean ± standard deviation over seeds. AGA is the plain mean over groups, WGA the worst group, "
-            "μ_align one minus the share of attribution on the spurious feature. RRR with true masks knows what "
-            "LVLM-VA does not: it is the bound. The controls know less (docs/alignment.md).",
-            *before_and_after(content),
-        ),
-        Table(
-            "Verdicts against the true masks",
-            "Precision: of the regions judged spurious, the share that overlaps the spurious feature. Recall: of the "
-            "regions that overlap it, the share judged spurious. What counts as overlap is the first column.",
-            *verdict_table(content["verdicts"]),
-        ),
-        Table(
-            "Alignment set",
-            f"The {chosen['samples']} training samples chosen by {chosen['strategy'].replace('_', ' ')}; "
-            f"{share(chosen['share_with_spurious_feature'])} of them carry the spurious feature, "
-            f"{share(chosen['share_with_spurious_feature_in_training'])} of the training set do.",
-            ["group", "samples"],
-            [[group, str(count)] for group, count in chosen["samples_per_group"].items()],
-        ),
-    ]
+def left_out(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Column names and rows of what was not measured, and why; no rows where all was."""
+    return ["left out", "why"], [[what, why] for what, why in content.get("left_out", {}).items()]
+
+
+def page_tables(content: Mapping[str, Any], class_names: Sequence[str]) -> list[Table]:
+    """The tables of the page: methods, what is left out, verdicts, alignment set."""
+    tables = [Table("Before and after", _note(content), *before_and_after(content))]
+    columns, rows = left_out(content)
+    if rows:
+        tables.append(Table("Left out", "What this data set does not say cannot be measured.", columns, rows))
+    columns, rows = verdict_table(content["verdicts"])
+    if rows:
+        tables.append(
+            Table(
+                "Verdicts against the true masks",
+                "Precision: of the regions judged spurious, the share that overlaps the spurious feature. Recall: of "
+                "the regions that overlap it, the share judged spurious. What counts as overlap is the first column.",
+                columns,
+                rows,
+            )
+        )
+    return [*tables, _alignment_set(content["alignment_set"], class_names)]
+
+
+def _note(content: Mapping[str, Any]) -> str:
+    """What the columns of the table of methods are, of those that are there."""
+    measured = {metric for found in content["methods"].values() for metric in found["test"]}
+    terms = []
+    if "aga" in measured:
+        terms += ["AGA is the plain mean over groups", "WGA the worst group"]
+    if "mu_align" in measured:
+        terms.append(f"μ_align {'' if terms else 'is '}one minus the share of attribution on the spurious feature")
+    bound = (
+        "RRR with true masks knows what LVLM-VA does not: it is the bound. " if "rrr_gt" in content["methods"] else ""
+    )
+    return (
+        f"Test split; mean ± standard deviation over seeds. {', '.join(terms)}{'. ' if terms else ''}{bound}"
+        "The controls know less (docs/alignment.md)."
+    )
+
+
+def _alignment_set(chosen: Mapping[str, Any], class_names: Sequence[str]) -> Table:
+    note = f"The {chosen['samples']} training samples chosen by {chosen['strategy'].replace('_', ' ')}"
+    if "samples_per_group" not in chosen:
+        rows = [[class_names[int(label)], str(count)] for label, count in chosen["samples_per_class"].items()]
+        return Table("Alignment set", f"{note}.", ["class", "samples"], rows)
+    return Table(
+        "Alignment set",
+        f"{note}; {share(chosen['share_with_spurious_feature'])} of them carry the spurious feature, "
+        f"{share(chosen['share_with_spurious_feature_in_training'])} of the training set do.",
+        ["group", "samples"],
+        [[group, str(count)] for group, count in chosen["samples_per_group"].items()],
+    )

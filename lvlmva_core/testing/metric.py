@@ -50,6 +50,7 @@ class MetricTests:
         """Neither of predictions nor of maps."""
         of = self.measured()
         order, of_maps = np.random.default_rng(1).permutation(N), np.random.default_rng(2).permutation(20)
+        assert of.spurious is not None
         assert of.maps is not None
         assert of.masks is not None
         shuffled = Measured(
@@ -73,6 +74,7 @@ class MetricTests:
     def test_every_sample_twice_changes_nothing(self) -> None:
         """It is about shares, not counts."""
         of = self.measured()
+        assert of.spurious is not None
         assert of.maps is not None
         assert of.masks is not None
         twice = Measured(

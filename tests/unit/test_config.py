@@ -9,6 +9,7 @@ from ruamel.yaml import YAML
 
 from lvlmva.params import load_params
 from lvlmva_core.arrays import read_json
+from lvlmva_core.datasets.decoy import DecoyDigits
 from lvlmva_core.datasets.registry import DATASETS
 from lvlmva_core.datasets.settings import PrepareSettings
 from lvlmva_core.errors import InputError
@@ -96,9 +97,17 @@ def prompts(tmp_path: Path) -> Path:
     return tmp_path / "prompts"
 
 
-def test_each_prompt_reaches_its_own_stage_alone(tmp_path: Path, prompts: Path) -> None:
+@pytest.fixture
+def prepared(tmp_path: Path) -> tuple[Path, Path]:
+    """The sample table and the true masks of the default."""
+    samples, masks = tmp_path / "samples.parquet", tmp_path / "masks.zarr"
+    DecoyDigits(seed=0).write(tmp_path / "images.zarr", samples, masks)
+    return samples, masks
+
+
+def test_each_prompt_reaches_its_own_stage_alone(tmp_path: Path, prompts: Path, prepared: tuple[Path, Path]) -> None:
     def written() -> list[dict[str, str]]:
-        settings(ROOT / "params.yaml", prompts, tmp_path / "settings")
+        settings(ROOT / "params.yaml", *prepared, prompts, tmp_path / "settings")
         return [read_json(tmp_path / "settings" / f"{name}_prompts.json") for name in ("critique", "judge")]
 
     first = written()
@@ -115,13 +124,15 @@ def test_each_prompt_reaches_its_own_stage_alone(tmp_path: Path, prompts: Path) 
     assert written() == first
 
 
-def test_prompts_that_are_not_there_are_said_in_one_line(tmp_path: Path, prompts: Path) -> None:
+def test_prompts_that_are_not_there_are_said_in_one_line(
+    tmp_path: Path, prompts: Path, prepared: tuple[Path, Path]
+) -> None:
     file = _params_with(tmp_path, ("judge.prompts", "mine"))
     with pytest.raises(InputError, match=r"judge\.prompts = 'mine': no folder .*prompts/mine \(there: decoy_digits\)"):
-        settings(file, prompts, tmp_path / "settings")
+        settings(file, *prepared, prompts, tmp_path / "settings")
     (prompts / "decoy_digits" / "judge.j2").unlink()
     with pytest.raises(InputError, match=r"decoy_digits/judge\.j2: cannot be read .*; see prompts/generic"):
-        settings(ROOT / "params.yaml", prompts, tmp_path / "settings")
+        settings(ROOT / "params.yaml", *prepared, prompts, tmp_path / "settings")
 
 
 def test_a_mistake_deep_in_the_section_of_a_data_set_is_named_by_its_keys(tmp_path: Path) -> None:
@@ -192,3 +203,48 @@ def test_a_mistake_in_a_critic_is_named_without_what_may_be_secret(
         load_params(_params_with(tmp_path, ("critique", section)))
     assert "hidden" not in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "groups", "masks", "message"),
+    [
+        (
+            [],
+            True,
+            False,
+            r"methods\.rrr_gt needs true masks .*and the data set has none; remove 'rrr_gt' from `methods`",
+        ),
+        (
+            [("retrained", {"subg": {}})],
+            False,
+            True,
+            r"retrained\.subg needs group labels .*remove 'subg' from `retrained`",
+        ),
+        (
+            [("retrained", {"dfr": {"split": "val", "c_grid": [1.0]}})],
+            False,
+            True,
+            r"retrained\.dfr needs group labels .*remove 'dfr'",
+        ),
+        (
+            [("retrained", {"jtt": {"first_epochs": [1], "up": [5], "rule": "worst_group"}})],
+            False,
+            True,
+            r"retrained\.jtt: the rule worst_group needs group labels .*set it to accuracy",
+        ),
+        (
+            [("align.selection", {"rule": "worst_group"})],
+            False,
+            True,
+            r"methods\.lambda_zero: the rule worst_group needs group labels .*set it to pseudo_group, which needs none",
+        ),
+    ],
+)
+def test_what_needs_labels_that_a_data_set_lacks_is_refused(
+    tmp_path: Path, changes: list[tuple[str, Any]], groups: bool, masks: bool, message: str
+) -> None:
+    params = load_params(_params_with(tmp_path, *changes))
+    with pytest.raises(InputError, match=message) as caught:
+        params.check_supervision(groups=groups, true_masks=masks)
+    assert "\n" not in str(caught.value)
+    params.check_supervision(groups=True, true_masks=True)
