@@ -67,9 +67,6 @@ def criticise_by_model(
         )
 
     async def ask(client: Client, case: Case, first: Question) -> Record:
-        def beyond() -> None:
-            client.spent.bought_beyond += 1
-
         async def answer(index: int) -> Record:
             later = first if index == 0 else _question(lambda: call_of(case, index), case.sample)
             return await client.ask(
@@ -77,7 +74,7 @@ def criticise_by_model(
             )
 
         colours = list(case.regions().values())
-        return await ask_critic(answer, max_attempts=config.max_attempts, beyond=beyond)
+        return await ask_critic(answer, max_attempts=config.max_attempts, beyond=client.beyond.add)
 
     asked = [case for case in cases if case.regions()]
     results = ask_all(
@@ -126,12 +123,13 @@ def judge_by_model(
         judged = await ask_judge(
             lambda call: client.ask(_question(lambda: call, row.sample, call)),
             lambda call: client.calls.find(call.keys()),
+            client.bought,
             prompts,
             row.critique or "",
             colours_of(row),
             config=config,
         )
-        client.spent.bought_beyond += judged.beyond
+        client.beyond |= judged.beyond
         client.spent.hits += judged.looked_up
         return judged
 
@@ -461,8 +459,9 @@ def _account(client: Client, started: float) -> Iterator[str]:
         f"{spent.input_tokens} tokens in, {spent.output_tokens} out, {spent.cost_usd:.4f} USD, "
         f"{time.monotonic() - started:.1f} s"
     )
-    if spent.bought_beyond:
-        yield f"{section}: {spent.bought_beyond} answers were asked for beyond unusable ones in the store"
+    beyond = client.beyond & client.bought
+    if beyond:
+        yield f"{section}: {len(beyond)} answers were asked for beyond unusable ones in the store"
     if spent.unreadable:
         yield f"{section}: {spent.unreadable} answers came, could not be read, and were booked as paid"
     if spent.unanswered:

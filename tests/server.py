@@ -3,10 +3,16 @@
 It decodes the pictures that it gets and answers from them: a colour is relevant if a bright pixel of picture 1 lies
 where picture 2 shows this colour. Asked for JSON, it reads the verdicts out of the critique between the fences.
 
+A fault is a name, or an object that says what comes back: status, headers, text or base64 (the body), response (laid
+over the usual one), message (laid over the answer's message), only (a text that the prompt must hold, else all is
+well).
+An answer is paid where it was sent whole under a status of success.
+
     python tests/server.py        prints its port; POST /control {...}, GET /log
 """
 
 import base64
+import hashlib
 import io
 import json
 import re
@@ -34,6 +40,14 @@ BAD_ANSWERS = {
     "unknown": lambda entries: _output([{"color": "mauve", "verdict": "yes"}, *entries[1:]]),
     "maybe": lambda entries: _output([{**entries[0], "verdict": "maybe"}, *entries[1:]]),
     "bare_list": lambda entries: json.dumps(entries),
+    "twice": lambda entries: (
+        json.dumps({"output": {"red": "yes"}})[:-2] + ', "red": "no", "blue": "no", "yellow": "no"}}'
+    ),
+    "think": lambda entries: "<think>{red} or not?</think>\n" + _output(entries),
+    "words": lambda entries: f"Here you are: {_output(entries)}. Anything else?",
+    "loud": lambda entries: _output([{**each, "verdict": each["verdict"].upper() + "."} for each in entries]),
+    "true": lambda entries: _output([{**each, "verdict": each["verdict"] == "yes"} for each in entries]),
+    "more": lambda entries: _output([{**each, "why": "I see."} for each in entries]),
 }
 
 
@@ -41,8 +55,15 @@ class State:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.log: list[dict[str, Any]] = []
-        self.control: dict[str, Any] = {"latency_s": 0.0, "faults": [], "always": None, "usage": True, "say": None}
-        self.now = self.most = 0
+        self.control: dict[str, Any] = {
+            "latency_s": 0.0,
+            "faults": [],
+            "always": None,
+            "usage": True,
+            "say": None,
+            "keep": True,
+        }
+        self.now = self.most = self.number = 0
 
 
 STATE = State()
@@ -57,7 +78,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         with STATE.lock:
-            body = {"log": STATE.log, "most_at_once": STATE.most}
+            body: Any = {"log": list(STATE.log), "most_at_once": STATE.most}
+            if self.path == "/count":
+                body = {"asked": len(STATE.log), "at_once": STATE.now}
         self.reply(200, body)
 
     def do_POST(self) -> None:
@@ -77,8 +100,18 @@ class Handler(BaseHTTPRequestHandler):
             return
         with STATE.lock:
             fault = STATE.control["faults"].pop(0) if STATE.control["faults"] else STATE.control["always"]
-            entry = {"path": self.path, "headers": dict(self.headers), "fault": fault, "body": _without_pictures(body)}
+            entry = {
+                "path": self.path,
+                "headers": dict(self.headers),
+                "fault": fault,
+                "body": _without_pictures(body) if STATE.control["keep"] else None,
+                "sha256": hashlib.sha256(content).hexdigest(),
+                "id": f"chatcmpl-{STATE.number}",
+                "paid": False,
+            }
+            STATE.number += 1
             STATE.log.append(entry)
+            self.entry = entry
             STATE.now += 1
             STATE.most = max(STATE.most, STATE.now)
             latency = STATE.control["latency_s"]
@@ -91,7 +124,10 @@ class Handler(BaseHTTPRequestHandler):
             with STATE.lock:
                 STATE.now -= 1
 
-    def answer(self, body: dict[str, Any], fault: str | None) -> None:
+    def answer(self, body: dict[str, Any], fault: str | dict[str, Any] | None) -> None:
+        if isinstance(fault, dict):
+            self.answer_as_told(body, fault)
+            return
         name, _, argument = (fault or "").partition(":")
         key = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if name == "status":
@@ -164,21 +200,41 @@ class Handler(BaseHTTPRequestHandler):
         elif name == "no_choices":
             self.reply(200, {**self.completion(body), "choices": []})
         elif name == "bad":
-            entries = json.loads(_verdicts(body))["output"]
+            entries = _entries(body)
             self.reply(200, self.completion(body, text=BAD_ANSWERS[argument](entries)))
+        elif name == "no_capacity" and body.get("service_tier") == "flex":
+            self.error(429, "Resource unavailable", code="resource_unavailable")
         else:
             self.reply(200, self.completion(body))
+
+    def answer_as_told(self, body: dict[str, Any], fault: dict[str, Any]) -> None:
+        content = body["messages"][0]["content"]
+        prompt = content if isinstance(content, str) else content[0]["text"]
+        if fault.get("only", "") not in prompt:
+            self.reply(200, self.completion(body))
+            return
+        completion = {**self.completion(body), **fault.get("response", {})}
+        if "message" in fault:
+            completion["choices"][0]["message"] |= fault["message"]
+        raw = json.dumps(completion).encode()
+        if "text" in fault:
+            raw = fault["text"].replace("{key}", self.headers["Authorization"][7:]).encode("utf-8", "surrogatepass")
+        if "base64" in fault:
+            raw = base64.b64decode(fault["base64"])
+        self.send(fault.get("status", 200), raw, "application/json", fault.get("headers"))
 
     def completion(self, body: dict[str, Any], text: str | None = None) -> dict[str, Any]:
         said = text or (_verdicts(body) if _is_judge(body) else STATE.control["say"] or _critique(body))
         usage = {"prompt_tokens": 1000, "completion_tokens": 100, "total_tokens": 1100}
         return {
-            "id": "chatcmpl-1",
+            "id": self.entry["id"],
             "object": "chat.completion",
             "created": int(time.time()),
             "model": body["model"] + "-served",
             "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": said}}],
-            **({"usage": usage} if STATE.control["usage"] else {}),
+            **({"usage": usage} if STATE.control["usage"] is True else {}),
+            **({"usage": STATE.control["usage"]} if isinstance(STATE.control["usage"], dict) else {}),
+            **({"service_tier": body["service_tier"]} if "service_tier" in body else {}),
         }
 
     def error(self, status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None) -> None:
@@ -189,10 +245,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def send(self, status: int, content: bytes, mime: str, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
+        kept = {name: value for name, value in (headers or {}).items() if name.lower() == "content-type"}
+        mime = kept.popitem()[1] if kept else mime
         for name, value in {"Content-Type": mime, "Content-Length": str(len(content)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)
+        if hasattr(self, "entry"):
+            self.entry["paid"] = 200 <= status < 300
 
 
 def _is_judge(body: dict[str, Any]) -> bool:
@@ -223,6 +283,14 @@ def _critique(body: dict[str, Any]) -> str:
 
 
 def _verdicts(body: dict[str, Any]) -> str:
+    entries = _entries(body)
+    schema = body.get("response_format", {}).get("json_schema", {}).get("schema", {})
+    if schema.get("properties", {}).get("output", {}).get("type") == "object":
+        return json.dumps({"output": {entry["color"]: entry["verdict"] for entry in entries}})
+    return _output(entries)
+
+
+def _entries(body: dict[str, Any]) -> list[dict[str, str]]:
     prompt = body["messages"][0]["content"]
     fence = re.search(r'both say "(CRITIQUE [0-9a-f]{16})"', prompt)
     asked = re.search(r"these colours: ([a-z, ]+)\.", prompt.rpartition("Give the verdicts for")[2])
@@ -233,7 +301,7 @@ def _verdicts(body: dict[str, Any]) -> str:
     for colour in asked[1].split(", "):
         stated = re.findall(rf"^{colour}: (yes|no)$", critique, re.MULTILINE)
         verdicts[colour] = stated[-1] if stated else "no"
-    return _output([{"color": colour, "verdict": verdict} for colour, verdict in verdicts.items()])
+    return [{"color": colour, "verdict": verdict} for colour, verdict in verdicts.items()]
 
 
 def _output(entries: list[dict[str, str]]) -> str:

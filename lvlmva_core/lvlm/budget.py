@@ -7,7 +7,6 @@ before them: at most n answers, and one while no answer has come yet and the bud
 
 import asyncio
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,9 +79,9 @@ def price_is_known(endpoint: Endpoint) -> bool:
 class Spent:
     """What was bought in this run.
 
-    calls: answers that came, and attempts that may have been charged without one (unanswered). unreadable: answers
+    calls: answers that came, and requests that may have been charged without one (unanswered). unreadable: answers
     that were paid and could not be read, of these. other_tier: served by the standard tier for lack of capacity.
-    served: names under which the server answered. bought_beyond: answers bought beyond unusable ones in the store.
+    served: how many answers came under a name that is not the model's.
     """
 
     calls: int = 0
@@ -94,8 +93,7 @@ class Spent:
     unanswered: int = 0
     unreadable: int = 0
     other_tier: int = 0
-    bought_beyond: int = 0
-    served: Counter[str] = field(default_factory=Counter)
+    served: dict[str, int] = field(default_factory=dict)
 
 
 class Budget:
@@ -105,7 +103,7 @@ class Budget:
         self.endpoint = endpoint
         self.section = section
         self.spent = Spent()
-        self._in_flight: dict[int, float] = {}
+        self._in_flight: dict[int, int] = {}  # estimated input tokens of each request
         self._next = 0
         self._input_ratio = 1.0  # the most that an answer's input took, of what was estimated
         self._output_most = endpoint.token_limit
@@ -121,7 +119,9 @@ class Budget:
         while True:
             worst = self._worst(tokens)
             factor = 1.0 if self._seen else UNSEEN
-            reserved = sum(self._in_flight.values()) * factor + worst * (factor if self._in_flight else 1.0)
+            reserved = worst  # of the first alone without the factor, so that a small budget can be used
+            if self._in_flight:
+                reserved = factor * (worst + sum(map(self._worst, self._in_flight.values())))
             full = self.spent.calls + len(self._in_flight) >= limits.max_calls
             dear = self.spent.cost_usd + reserved > limits.max_cost_usd and reserved > 0
             if not full and not dear:
@@ -132,7 +132,7 @@ class Budget:
                 self._stop(f"the next call may go beyond max_cost_usd = {limits.max_cost_usd}", "max_cost_usd")
             await asyncio.sleep(POLL_S)
         self._next += 1
-        self._in_flight[self._next] = worst
+        self._in_flight[self._next] = tokens
         return self._next
 
     def release(self, ticket: int) -> None:

@@ -195,6 +195,7 @@ class Client:
     prepare: called once, before the first call that the store lacks; may fill the store, says the API key ("" where
         none is needed), or raises InputError where nothing may be sent.
     replay: never send. save: keeps a record that was paid where the store cannot be written; says where.
+    bought: keys of the answers that were bought in this run; beyond: of those beyond unusable ones in the store.
     """
 
     endpoint: Endpoint
@@ -204,6 +205,8 @@ class Client:
     replay: bool
     save: Callable[[Record], str]
     doubts: list[InputError] = field(default_factory=list)
+    bought: set[str] = field(default_factory=set)
+    beyond: set[str] = field(default_factory=set)
     succeeded: int = 0
     _prepared: bool = False
     _api_key: str = ""
@@ -249,13 +252,13 @@ class Client:
         if record is not None:
             reason = question.why_not(answer_text(record))
             if reason is not None:
-                raise UnusableAnswerError(reason, answer_text(record), bought=False)
+                raise UnusableAnswerError(reason, answer_text(record), bought=record["key"] in self.bought)
             return record
         unusable = self.calls.find_unusable(question.keys)
         if unusable is not None:
             text = said(unusable["response"])
             reason = why_unusable(unusable["response"]) or question.why_not(text)
-            raise UnusableAnswerError(reason or "unusable", text, bought=False)
+            raise UnusableAnswerError(reason or "unusable", text, bought=unusable["key"] in self.bought)
         return None
 
     def _prepare_once(self) -> None:
@@ -330,6 +333,7 @@ class Client:
         }
         record = make_record(call, response)
         reason_not = why_unusable(response) or question.why_not(said(response))
+        self.bought.add(key)
         await asyncio.shield(asyncio.to_thread(self._keep, record, meta, reason_not is None))
         if reason_not is not None:
             self.calls.note_failure({**noted, "reason": reason_not})
@@ -351,7 +355,8 @@ class Client:
         self.doubts.clear()
         served = response.get("model")
         if isinstance(served, str) and not _same_model(call.model, served):
-            self.spent.served[printable(served)[:80]] += 1
+            name = printable(served)[:80]
+            self.spent.served[name] = self.spent.served.get(name, 0) + 1
 
     def _doubt(self, message: str, reason: str) -> Exception:
         """A refusal: of this call where others succeed, of the run where none does, or none any more."""

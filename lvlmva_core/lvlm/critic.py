@@ -79,12 +79,12 @@ def why_no_critique(text: str, colours: Sequence[str]) -> str | None:
 
 
 async def ask_critic(
-    ask: Callable[[int], Awaitable[Record]], *, max_attempts: int, beyond: Callable[[], None]
+    ask: Callable[[int], Awaitable[Record]], *, max_attempts: int, beyond: Callable[[str], None]
 ) -> Record:
     """Ask until an answer is usable: one more in each run beyond those in the store, at most `max_attempts` in all.
 
     Args:
-        ask: for the answer of an index. beyond: told where an answer is bought beyond an unusable one.
+        ask: for the answer of an index. beyond: told the key of an answer beyond unusable ones.
 
     Raises:
         CallFailedError: there is none. NotInStoreError: in replay, where the store knows nothing at all.
@@ -103,7 +103,7 @@ async def ask_critic(
                 raise
             raise CallFailedError(reason) from None
         if reason is not None:
-            beyond()
+            beyond(record["key"])
         return record
     raise CallFailedError(f"{reason}; none of {max_attempts} answers is usable (critique.max_attempts)")
 

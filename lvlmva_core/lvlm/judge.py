@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -213,20 +213,21 @@ def _yes_or_no(said: Any) -> str | None:
 class Judged:
     """verdicts: colour -> "yes" | "no", or None and `failure` says why. records: of all attempts, in order.
 
-    beyond: answers that were bought beyond unusable ones in the store. looked_up: records that were found without
-    being asked for.
+    beyond: keys of answers that were bought beyond unusable ones in the store. looked_up: records that were found
+    without being asked for.
     """
 
     verdicts: dict[str, str] | None
     records: list[Record]
     failure: str | None
-    beyond: int = 0
+    beyond: frozenset[str] = frozenset()
     looked_up: int = 0
 
 
 async def ask_judge(
     ask: Callable[[Call], Awaitable[Record]],
     stored: Callable[[Call], Record | None],
+    bought_now: Container[str],
     prompts: Prompts,
     critique: str,
     colours: list[str],
@@ -239,7 +240,7 @@ async def ask_judge(
     are gone beyond: this run may buy `config.max_attempts` more, up to ten in all.
 
     Args:
-        ask: buys what is not in the store. stored: only looks.
+        ask: buys what is not in the store. stored: only looks. bought_now: keys that were bought in this run.
     """
 
     def call(answer_format: str, earlier: list[tuple[str, str]]) -> Call:
@@ -251,31 +252,33 @@ async def ask_judge(
         return found
     records: list[Record] = []
     earlier: list[tuple[str, str]] = []
-    bought = from_store = beyond = 0
+    bought = from_store = 0
+    beyond: set[str] = set()
     while bought < config.max_attempts and len(earlier) < MOST_ANSWERS:
         asked = call(config.answer_format, earlier)
-        was_stored = stored(asked) is not None
         try:
             records.append(await ask(asked))
             answer, problem = answer_text(records[-1]), None
         except UnusableAnswerError as error:
-            answer, problem, was_stored = _quoted(error.text), str(error), not error.bought
+            answer, problem = _quoted(error.text), str(error)
         except NotInStoreError:
             if len(earlier) >= config.max_attempts:
                 break
             raise
         except CallFailedError as error:
-            return Judged(None, records, str(error), beyond)
+            return Judged(None, records, str(error), frozenset(beyond))
+        was_stored = asked.key() not in bought_now
         bought += not was_stored
-        beyond += not was_stored and from_store > 0
+        if not was_stored and from_store:
+            beyond.add(asked.key())
         from_store += was_stored
         if problem is None:
             try:
-                return Judged(read_answer(answer, colours), records, None, beyond)
+                return Judged(read_answer(answer, colours), records, None, frozenset(beyond))
             except ValueError as error:
                 problem = str(error)
         earlier.append((answer, problem))
-    return Judged(None, records, f"no valid answer in {len(earlier)} attempts ({earlier[-1][1]})", beyond)
+    return Judged(None, records, f"no valid answer in {len(earlier)} attempts ({earlier[-1][1]})", frozenset(beyond))
 
 
 def _bought_before(stored: Callable[[list[tuple[str, str]]], Record | None], colours: list[str]) -> Judged | None:

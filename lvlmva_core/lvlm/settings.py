@@ -94,14 +94,9 @@ class Endpoint(Settings):
         for key in self.extra_body:
             if key in own:
                 raise ValueError(f"extra_body.{key} has a key of its own or is set by the stage; remove it there")
-        if (
-            self.service_tier == "priority"
-            and self.usd_per_million_input_tokens
-            and not self.tier_usd_per_million_input_tokens
-        ):
-            raise ValueError(
-                "service_tier 'priority' costs more: say tier_usd_per_million_input_tokens and ..._output_tokens"
-            )
+        dearer = self.service_tier == "priority" and self.tier_usd_per_million_input_tokens is None
+        if dearer and self.usd_per_million_input_tokens:
+            raise ValueError("service_tier 'priority' costs more: say what, in tier_usd_per_million_input_tokens")
         if self.service_tier is not None and "service_tier" in self.extra_body:
             raise ValueError("extra_body.service_tier and service_tier are both there; remove it from extra_body")
         for key in _keys_within(self.extra_body):

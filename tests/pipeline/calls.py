@@ -29,7 +29,8 @@ class Server:
 
     def set(self, **control: Any) -> None:
         """Behave so from now on; what is not given goes back to the default."""
-        default = {"latency_s": 0.0, "faults": [], "always": None, "usage": True, "say": None, "forget": True}
+        default = {"latency_s": 0.0, "faults": [], "always": None, "usage": True, "say": None, "keep": True}
+        default["forget"] = True
         data = json.dumps({**default, **control}).encode()
         urllib.request.urlopen(urllib.request.Request(self.url + "/control", data), timeout=10).close()
 
@@ -38,12 +39,21 @@ class Server:
         log: list[dict[str, Any]] = self._state()["log"]
         return log
 
+    def paid(self) -> int:
+        """Answers that were sent whole under a status of success since `set`."""
+        return sum(entry["paid"] for entry in self.log())
+
     def most_at_once(self) -> int:
         """Most requests under way at the same time since `set`."""
         return int(self._state()["most_at_once"])
 
-    def _state(self) -> Any:
-        with urllib.request.urlopen(self.url + "/log", timeout=10) as answer:
+    def count(self) -> tuple[int, int]:
+        """Requests since `set`, and those that are under way now."""
+        found = self._state("/count")
+        return int(found["asked"]), int(found["at_once"])
+
+    def _state(self, path: str = "/log") -> Any:
+        with urllib.request.urlopen(self.url + path, timeout=10) as answer:
             return json.load(answer)
 
 

@@ -218,6 +218,51 @@ def test_every_data_set_is_entered_under_its_own_name() -> None:
         assert section.model_fields["dataset"].default == name
 
 
+SHORT = {"critic": "rules", "prompts": "decoy_digits"}
+
+
+def test_a_critic_is_exchanged_by_one_key_whatever_stands_there_for_others(tmp_path: Path) -> None:
+    for critic in ("rules", "oracle"):
+        assert load_params(_params_with(tmp_path, ("critique", {**SHORT, "critic": critic}))).critique.critic == critic
+    flat = {**SHORT, "false_positive_rate": 0.2, "endpoint": None, "max_failed_share": 0.1, "seed": 0}
+    assert load_params(_params_with(tmp_path, ("critique", flat))).critique.critic == "rules"
+    oracle = load_params(_params_with(tmp_path, ("critique", {**flat, "critic": "oracle"}))).critique
+    assert oracle.model_dump()["false_positive_rate"] == 0.2
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({**SHORT, "critic": "ruls"}, r"'critique': no critic 'ruls'; known: rules, oracle, model, replay"),
+        ({**SHORT, "overlapp": "any"}, r"unknown key 'critique\.overlapp'"),
+        ({**SHORT, "critic": "oracle", "overlap": "most"}, r"'critique\.overlap' = 'most'"),
+        (
+            {**SHORT, "critic": "model", "endpoint": {"base_url": "https://a.example/v1", "model": "m"}},
+            r"'critique\.endpoint': endpoint\.api_key_variable is missing: name the environment variable",
+        ),
+        (
+            {**SHORT, "critic": "model", "endpoint": {"base_url": "https://me:hidden@a.example/v1", "model": "m"}},
+            r"'critique\.endpoint\.base_url': string should match pattern",
+        ),
+        (
+            {**SHORT, "critic": "model", "endpoint": {"base_url": "https://a.example/v1?key=hidden", "model": "m"}},
+            r"'critique\.endpoint\.base_url': base_url: key looks like a credential",
+        ),
+        (
+            {**SHORT, "critic": "model", "endpoint": {"base_url": "http://localhost/v1", "modell": "m"}},
+            r"key 'critique\.endpoint\.model(l'; did you mean 'model'|' is missing)",
+        ),
+    ],
+)
+def test_a_mistake_in_a_critic_is_named_without_what_may_be_secret(
+    tmp_path: Path, section: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match="(?i)" + message) as caught:
+        load_params(_params_with(tmp_path, ("critique", section)))
+    assert "hidden" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("changes", "groups", "masks", "message"),
     [

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lvlmva_core.lvlm.calls import Call, CallStore, Message, Picture, check_record, make_record
-from lvlmva_core.lvlm.client import sampling_parameters
+from lvlmva_core.lvlm.calls import Call, CallStore, Message, Picture, answer_text, check_record, make_record
+from lvlmva_core.lvlm.client import sampling_parameters, transport_parameters
 from lvlmva_core.lvlm.settings import Endpoint
 from lvlmva_core.store import Store, digest
 
@@ -63,6 +63,10 @@ NOT_SENT = {
     "max_cost_usd": 9.0,
     "allow_upload": False,
     "allow_unhydrated": True,
+    "service_tier": "flex",
+    "without_capacity": "standard",
+    "tier_usd_per_million_input_tokens": 0.5,
+    "tier_usd_per_million_output_tokens": 1.0,
 }
 PIXELS = np.arange(27, dtype=np.uint8).reshape(3, 3, 3)
 
@@ -72,7 +76,8 @@ def _call(
 ) -> Call:
     endpoint = Endpoint.model_validate({**ENDPOINT, **(changes or {})})
     messages = (Message("user", (text, Picture(pixels, endpoint.image_detail), "well?")),)
-    return Call(endpoint.model, endpoint.revision, messages, sampling_parameters(endpoint), index)
+    transport = transport_parameters(endpoint)
+    return Call(endpoint.model, endpoint.revision, messages, sampling_parameters(endpoint), index, transport)
 
 
 def test_every_setting_of_an_endpoint_is_known_to_be_sent_or_not() -> None:
@@ -89,8 +94,27 @@ def test_a_change_of_what_is_sent_changes_the_key_and_the_body(name: str) -> Non
 @pytest.mark.parametrize("name", sorted(NOT_SENT))
 def test_a_change_of_what_is_not_sent_changes_neither(name: str) -> None:
     changed = _call({name: NOT_SENT[name]})
-    assert changed.body() == _call().body()
+    sent = {"service_tier": "flex"} if name == "service_tier" else {}  # sent, but not asked
+    assert changed.body() == {**_call().body(), **sent}
     assert changed.key() == _call().key()
+
+
+TRANSPORT_BODY = {"service_tier": "flex", "user": "u", "metadata": {"a": "b"}, "prompt_cache_key": "k", "store": True}
+
+
+def test_what_changes_the_price_or_transport_is_sent_and_not_part_of_the_key() -> None:
+    call = _call({"extra_body": {"top_p": 0.9, **TRANSPORT_BODY}})
+    assert call.body() == {**_call().body(), **TRANSPORT_BODY}
+    assert call.key() == _call().key() == call.keys()[0]
+
+
+def test_a_call_is_found_under_the_keys_that_it_had_when_transport_was_part_of_them() -> None:
+    request = _call().request()
+    for extra in (TRANSPORT_BODY, {"service_tier": "flex"}, {"service_tier": "auto"}):
+        earlier = digest({**request, "body": {**request["body"], **extra}})
+        now = {} if len(extra) == 1 else {"extra_body": {"top_p": 0.9, **extra}}
+        assert earlier in set(_call(now).keys())
+    assert len(set(_call().keys()) & set(_call(text="look!").keys())) == 0
 
 
 def test_revision_index_text_and_single_pixels_are_in_the_key() -> None:
@@ -176,7 +200,7 @@ def test_any_change_in_a_record_is_noticed(tmp_path: Path, caplog: pytest.LogCap
         for step in path[:-1]:
             place = place[step]
         place[path[-1]] = "tampered"
-        with pytest.raises(ValueError, match=r"schema|key|digest"):
+        with pytest.raises(ValueError, match=r"its (request|response|key|sha256|schema|content)"):
             check_record(changed)
         store = Store(tmp_path / str(number))
         file = store.path("calls", record["key"], "json")
@@ -216,3 +240,77 @@ def test_records_that_do_not_verify_are_refused_by_name(tmp_path: Path) -> None:
     new, refused = CallStore(Store(tmp_path)).take_in([bad, None, good], "friend.jsonl")
     assert new == 1
     assert [reason.partition(":")[0] for reason in refused] == ["record 1 of friend.jsonl", "record 2 of friend.jsonl"]
+
+
+ODD_RESPONSES: list[tuple[Any, str]] = [
+    ({}, "its response.choices: field required"),
+    ([], "its response: input should be"),
+    ({"choices": []}, "its response.choices: list should have at least 1"),
+    ({"choices": [{"message": {"content": None}}]}, r"holds no answer \(empty answer\)"),
+    ({"choices": [{"message": {"content": "x", "refusal": "no"}}]}, r"holds no answer \(the model refused\)"),
+    ({"choices": [{"message": {"content": "x"}, "finish_reason": "length"}]}, r"holds no answer \(cut off"),
+]
+
+
+@pytest.mark.parametrize(("response", "problem"), ODD_RESPONSES)
+def test_records_without_an_answer_are_neither_taken_in_nor_served(
+    tmp_path: Path, response: Any, problem: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    call = _call()
+    content = {"schema": 1, "key": call.key(), "request": call.request(), "response": response}
+    record = {**content, "sha256": digest(content)}
+    with pytest.raises(ValueError, match=problem):
+        check_record(record)
+    store = CallStore(Store(tmp_path))
+    new, refused = store.take_in([record], "friend.jsonl")
+    assert (new, len(refused)) == (0, 1)
+    file = store.store.path("calls", call.key(), "json")
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(record))
+    assert store.get(call.key()) is None
+    assert list(store.records()) == []
+    assert "damaged record" in caplog.text
+
+
+@pytest.mark.parametrize("request_", [{}, [], {"schema": 1, "revision": "r", "index": -1, "body": {}}, None])
+def test_records_whose_request_is_none_are_refused(request_: Any) -> None:
+    content = {"schema": 1, "key": digest(request_), "request": request_, "response": _response()}
+    with pytest.raises(ValueError, match=r"its request"):
+        check_record({**content, "sha256": digest(content)})
+
+
+def test_deep_nesting_in_a_record_is_damage(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = CallStore(Store(tmp_path))
+    file = store.store.path("calls", _call().key(), "json")
+    file.parent.mkdir(parents=True)
+    file.write_text("[" * 100_000)
+    assert store.get(_call().key()) is None
+    deep: Any = {}
+    for _ in range(3000):
+        deep = {"a": deep}
+    record = make_record(_call(), _response())
+    record["response"]["debug"] = deep
+    assert store.take_in([record], "friend.jsonl")[0] == 0
+    assert "damaged record" in caplog.text
+
+
+@pytest.mark.parametrize("created", [-1, 10**400, 1.7e18, float("1e308"), True, "now", None])
+def test_a_time_that_is_none_never_takes_the_place_of_a_record(tmp_path: Path, created: Any) -> None:
+    store = CallStore(Store(tmp_path))
+    first, odd = make_record(_call(), _response("first", 5)), make_record(_call(), _response("odd", created))
+    store.take_in([first], "one")
+    assert store.take_in([odd], "two") == (0, [])
+    assert store.get(_call().key()) == first
+
+
+def test_what_is_imported_never_takes_the_place_of_what_is_there(tmp_path: Path) -> None:
+    store = CallStore(Store(tmp_path))
+    later, earlier = make_record(_call(), _response("later", 9)), make_record(_call(), _response("earlier", 1))
+    store.take_in([later], "one")
+    assert store.take_in([earlier], "two", keep_present=True) == (0, [])
+    assert store.get(_call().key()) == later
+
+
+def test_text_in_parts_is_put_together() -> None:
+    parts = [{"type": "text", "text": "red: "}, {"type": "other"}, {"type": "text", "text": "yes"}]
+    assert answer_text(make_record(_call(), _response(parts))) == "red: yes"  # type: ignore[arg-type]

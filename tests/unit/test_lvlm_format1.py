@@ -1,4 +1,4 @@
-"""Records in the format of the first version, written by its own code: read, kept, and never bought again."""
+"""Records of the first version, written by its own code: read, kept byte for byte, and never bought again."""
 
 import json
 import shutil

@@ -1,6 +1,7 @@
 """Prompts, the Judge's answers, and the rules of asking: what is refused, and in which words."""
 
 import email.utils
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -16,20 +17,14 @@ from lvlmva.params import load_params
 from lvlmva_core.datasets.knee import CLASSES as KNEE_CLASSES
 from lvlmva_core.datasets.skin import CLASSES as SKIN_CLASSES
 from lvlmva_core.errors import InputError
-from lvlmva_core.lvlm.client import (
-    _asked_wait_s,
-    backoff_s,
-    check_endpoint,
-    cost_usd,
-    estimate_calls,
-    host_of,
-    is_loopback,
-    why_unusable,
-)
+from lvlmva_core.lvlm.budget import cost_usd, estimate_calls
+from lvlmva_core.lvlm.calls import why_unusable
+from lvlmva_core.lvlm.client import backoff_s, check_endpoint, host_of, is_loopback
 from lvlmva_core.lvlm.critic import critic_call
 from lvlmva_core.lvlm.judge import judge_call, read_answer, verdict_schema
 from lvlmva_core.lvlm.prompts import load_critic_prompts, load_judge_prompts
-from lvlmva_core.lvlm.settings import Endpoint
+from lvlmva_core.lvlm.replies import asked_wait_s
+from lvlmva_core.lvlm.settings import Endpoint, ModelCritic, ModelJudge
 from tests.unit.test_lvlm_calls import ENDPOINT
 
 PROMPTS = Path(__file__).parents[2] / "prompts"
@@ -170,8 +165,31 @@ def test_a_changed_prompt_changes_the_key_of_its_own_calls_only(tmp_path: Path) 
 GOOD = '{"output": [{"color": "red", "verdict": "yes"}, {"color": "blue", "verdict": "no"}]}'
 
 
-@pytest.mark.parametrize("answer", [GOOD, f"\n {GOOD}\n", f"```json\n{GOOD}\n```", f"```\n{GOOD}```"])
-def test_an_answer_with_one_verdict_per_colour_is_read(answer: str) -> None:
+OBJECT = '{"output": {"red": "yes", "blue": "no"}}'
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        GOOD,
+        OBJECT,
+        f"\n {GOOD}\n",
+        f"```json\n{GOOD}\n```",
+        f"```\n{GOOD}```",
+        f"<think>Red {{is}} the digit. {{}}</think>\n{OBJECT}",
+        f"so red it is</think>{OBJECT}",  # templates leave the opening tag out
+        f"Here you are: {GOOD}. I hope {{it}} helps [1].",
+        f"Sure!\n```json\n{OBJECT}\n```\nAnything else?",
+        GOOD.replace('"yes"', '"Yes"').replace('"no"', '"NO."'),
+        GOOD.replace('"yes"', "true").replace('"no"', "false"),
+        OBJECT.replace("red", " Red "),
+        GOOD.replace('"yes"}', '"yes", "why": "a stroke {of} the digit"}'),
+        OBJECT[:-1] + ', "reason": "red: no"}',
+        '{"red": "yes", "blue": "no"}',
+        '[{"color": "red", "verdict": "yes"}, {"color": "blue", "verdict": "no"}]',
+    ],
+)
+def test_an_answer_that_can_be_read_in_one_way_is_read(answer: str) -> None:
     assert read_answer(answer, ["blue", "red"]) == {"red": "yes", "blue": "no"}
 
 
@@ -179,20 +197,31 @@ def test_an_answer_with_one_verdict_per_colour_is_read(answer: str) -> None:
     ("answer", "problem"),
     [
         ("red is fine", "not one JSON object"),
+        ("red: yes, blue: no", "not one JSON object"),
         (GOOD + GOOD, "not one JSON object"),
-        (f"Here you are: {GOOD}", "not one JSON object"),
+        (f"First I thought {GOOD}, but then {OBJECT}", "not one JSON object"),
+        (f"<think>{GOOD}</think>", "not one JSON object"),
+        (GOOD[:-3], "not one JSON object"),
+        (OBJECT[:-1], "not one JSON object"),
         ("[" * 100_000, "not one JSON object"),
-        ('[{"color": "red", "verdict": "yes"}]', 'no list "output"'),
-        ('{"output": {"red": "yes"}}', 'no list "output"'),
+        ("{" * 100_000, "not one JSON object"),
+        ('{"output": "red"}', 'no list "output"'),
+        ('{"verdicts": {"red": "yes", "blue": "no"}}', 'no list "output"'),
+        ('{"output": {"red": "yes"}}', "no verdict for blue"),
         ('{"output": ["red"]}', "not an object"),
-        ('{"output": [{"color": "red", "verdict": "yes", "why": "x"}]}', "not an object"),
         ('{"output": [{"color": "red", "verdict": "yes"}]}', "no verdict for blue"),
         (GOOD.replace("blue", "red"), "red comes twice"),
         (GOOD.replace("blue", "mauve"), 'no region "mauve"'),
+        (OBJECT.replace("blue", "mauve"), 'no region "mauve"'),
         (GOOD.replace('"red"', '["red"]'), "no region"),
         (GOOD.replace('"no"', '"maybe"'), "verdict of blue is neither"),
-        (GOOD.replace('"no"', '"NO"'), "verdict of blue is neither"),
-        (GOOD.replace('"no"', "false"), "verdict of blue is neither"),
+        (GOOD.replace('"no"', "0"), "verdict of blue is neither"),
+        (GOOD.replace('"no"', '"no, yes"'), "verdict of blue is neither"),
+        ('{"output": {"red": "yes", "blue": "no", "red": "no"}}', '"red" comes twice in one object'),
+        ('{"output": {"red": "yes", "blue": "no", "Red": "no"}}', '"red" comes twice in one object'),
+        (GOOD.replace('"no"', '"no", "verdict": "yes"'), '"verdict" comes twice in one object'),
+        (GOOD[:-1] + ', "output": []}', '"output" comes twice in one object'),
+        (GOOD[:-1] + ', "final": {"red": "no", "blue": "no"}}', 'verdicts in "output" and in "final"'),
     ],
 )
 def test_any_other_answer_is_refused_in_words(answer: str, problem: str) -> None:
@@ -206,12 +235,45 @@ def test_no_text_breaks_the_reading_of_answers(text: str) -> None:
         read_answer(text, ["red"])
 
 
-def test_the_schema_admits_exactly_the_colours_that_are_asked_about() -> None:
+def test_the_schema_admits_exactly_one_verdict_for_each_colour() -> None:
+    from jsonschema import Draft202012Validator
+
     schema = verdict_schema(["red", "blue"])
-    assert schema["type"] == "object"  # hosted servers want an object at the root
-    entry = schema["properties"]["output"]["items"]
-    assert entry["properties"]["color"]["enum"] == ["red", "blue"]
-    assert entry["properties"]["verdict"]["enum"] == ["yes", "no"]
+    Draft202012Validator.check_schema(schema)
+    validator = Draft202012Validator(schema)
+    admitted = [{"output": {"red": one, "blue": other}} for one in ("yes", "no") for other in ("yes", "no")]
+    assert all(validator.is_valid(answer) for answer in admitted)
+    for answer in admitted:
+        assert read_answer(json.dumps(answer), ["red", "blue"]) == answer["output"]
+    refused: list[Any] = [
+        {},
+        [],
+        {"output": []},
+        {"output": {"red": "yes"}},
+        {"output": {"red": "yes", "blue": "no", "green": "no"}},
+        {"output": {"red": "yes", "blue": "maybe"}},
+        {"output": {"red": "yes", "blue": "no"}, "why": "x"},
+    ]
+    assert not any(validator.is_valid(answer) for answer in refused)
+
+
+def _objects_in(schema: Any) -> list[dict[str, Any]]:
+    if isinstance(schema, dict):
+        own = [schema] if schema.get("type") == "object" else []
+        return own + [found for value in schema.values() for found in _objects_in(value)]
+    return []
+
+
+def test_the_schema_keeps_to_what_all_servers_enforce() -> None:
+    """OpenAI's strict mode wants an object at the root, all properties required and none beside them."""
+    schema = verdict_schema(["red", "blue"])
+    assert schema["type"] == "object"
+    assert len(_objects_in(schema)) == 2
+    for each in _objects_in(schema):
+        assert each["required"] == list(each["properties"])
+        assert each["additionalProperties"] is False
+    words = set(re.findall(r'"(\w+)":', json.dumps(schema))) - {"red", "blue", "output"}
+    assert words == {"type", "properties", "required", "additionalProperties", "enum"}
 
 
 @pytest.mark.parametrize("folder", [*sorted(CLASSES), "generic"])
@@ -259,6 +321,10 @@ def test_the_schema_is_sent_only_where_it_is_asked_for() -> None:
         ({"base_url": "file:///etc/passwd"}, "base_url"),
         ({"extra_body": {"api_key": "sk-1"}}, "looks like a credential"),
         ({"extra_body": {"options": [{"headers": {"Authorization": "Bearer sk-1"}}]}}, "looks like a credential"),
+        ({"base_url": "https://host/v1?api_key=sk-1"}, "base_url: api_key looks like a credential"),
+        ({"base_url": "https://host/v1?api-version=1&sig=sk-1"}, "base_url: sig looks like a credential"),
+        ({"extra_body": {"service_tier": "flex"}, "service_tier": "flex"}, "remove it from extra_body"),
+        ({"service_tier": "priority"}, "costs more: say what"),
         ({"extra_body": {"messages": []}}, "is set by the stage"),
         ({"extra_body": {"max_tokens": 1}}, "is set by the stage"),
     ],
@@ -299,7 +365,7 @@ def test_only_this_machine_is_loopback(url: str, local: bool) -> None:
 
 
 def test_only_scheme_host_and_port_of_an_address_are_shown() -> None:
-    assert host_of(_endpoint(base_url="https://h.example.org:444/v1/secret?key=abc")) == "https://h.example.org:444"
+    assert host_of(_endpoint(base_url="https://h.example.org:444/v1/secret?name=abc")) == "https://h.example.org:444"
 
 
 @pytest.mark.parametrize(
@@ -312,12 +378,15 @@ def test_only_scheme_host_and_port_of_an_address_are_shown() -> None:
         ({"retry-after-ms": "250", "retry-after": "9"}, 0.25),
         ({"retry-after": "soon"}, None),
         ({"retry-after": "nan"}, None),
+        ({"retry-after": "1e99"}, 1e99),
+        ({"retry-after": "Fri, 31 Dec 99999 00:00:00 GMT"}, None),
+        ({"retry-after": "Fri, 99 Xyz 2000"}, None),
         ({"retry-after": email.utils.formatdate(1_000_030, usegmt=True)}, 30.0),
         ({"retry-after": email.utils.formatdate(999_000, usegmt=True)}, 0.0),
     ],
 )
 def test_what_a_server_asks_to_wait_is_read(headers: dict[str, str], seconds: float | None) -> None:
-    assert _asked_wait_s(headers, now=1_000_000.0) == seconds
+    assert asked_wait_s(headers, now=1_000_000.0) == seconds
 
 
 def test_waits_double_up_to_a_limit_and_never_undercut_the_server() -> None:
@@ -368,8 +437,9 @@ def test_presets_of_critics_fit_params_and_keep_pictures_here(preset: Path, tmp_
     with (tmp_path / "params.yaml").open("w") as file:
         yaml.dump(content, file)
     params = load_params(tmp_path / "params.yaml")
+    assert isinstance(params.critique, ModelCritic)
+    assert isinstance(params.judge, ModelJudge)
     for endpoint in (params.critique.endpoint, params.judge.endpoint):
-        assert endpoint is not None
         assert not endpoint.allow_upload
         assert is_loopback(endpoint) == (endpoint.api_key_variable is None)
 
