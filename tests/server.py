@@ -78,7 +78,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         with STATE.lock:
-            body = {"log": STATE.log, "most_at_once": STATE.most}
+            body: Any = {"log": list(STATE.log), "most_at_once": STATE.most}
+            if self.path == "/count":
+                body = {"asked": len(STATE.log), "at_once": STATE.now}
         self.reply(200, body)
 
     def do_POST(self) -> None:

@@ -47,8 +47,13 @@ class Server:
         """Most requests under way at the same time since `set`."""
         return int(self._state()["most_at_once"])
 
-    def _state(self) -> Any:
-        with urllib.request.urlopen(self.url + "/log", timeout=10) as answer:
+    def count(self) -> tuple[int, int]:
+        """Requests since `set`, and those that are under way now."""
+        found = self._state("/count")
+        return int(found["asked"]), int(found["at_once"])
+
+    def _state(self, path: str = "/log") -> Any:
+        with urllib.request.urlopen(self.url + path, timeout=10) as answer:
             return json.load(answer)
 
 
