@@ -4,6 +4,7 @@ from typing import Any
 
 import typer
 
+from lvlmva.calibrate import calibrate
 from lvlmva.calls import calls
 from lvlmva.pipeline import deps
 from lvlmva.preset import preset
@@ -26,6 +27,7 @@ class App(typer.Typer):
 app = App(pretty_exceptions_enable=False, no_args_is_help=True)
 app.add_typer(calls, name="calls")
 app.command()(preset)
+app.command()(calibrate)
 app.command()(results)
 app.command()(sweep)
 app.command()(deps)
