@@ -81,7 +81,7 @@ def plant(
     top, left = _choose_place(outline, object_mask, avoid, place, rng)
     rows, columns = slice(top, top + outline.shape[0]), slice(left, left + outline.shape[1])
     below = picture[:, rows, columns].astype(np.float64)
-    colour = _colour(kind, below[:, outline].mean(axis=1), outline, rng)
+    colour = _colour(kind, below, outline, alpha, rng)
     mixed = np.rint(below + alpha * (colour - below)).clip(0, 255).astype(np.uint8)
     result, mask = picture.copy(), np.zeros((height, width), dtype=bool)
     result[:, rows, columns] = np.where(outline, mixed, picture[:, rows, columns])
@@ -198,31 +198,31 @@ def _covered(mask: np.ndarray, outline: np.ndarray) -> np.ndarray:
     return counts
 
 
-def _colour(kind: LocalKind, below: np.ndarray, outline: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Colours (C, h, w) or (C, 1, 1) that can be told from what lies below, whose mean colour is `below` (C,)."""
-    if kind == "letter":  # as on radiographs bright, or dark on what is bright
+def _colour(
+    kind: LocalKind, below: np.ndarray, outline: np.ndarray, alpha: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """Colours (C, h, w) or (C, 1, 1) that can be told from what lies below, float (C, h, w)."""
+    channels = len(below)
+    covered = np.average(below.reshape(channels, -1), axis=1, weights=alpha.ravel())
+    if kind == "letter":  # bright or dark, whichever can be read
         choices = np.array([[238.0] * 3, [18.0] * 3])
-        chosen = _in_channels(choices[0], len(below))
-        if np.abs(chosen - below).max() < VISIBLE:
-            chosen = _in_channels(choices[1], len(below))
-        return chosen[:, None, None]
-    if kind == "patch":
+    elif kind == "patch":
         choices = rng.uniform(20, 245, (16, 3))
     else:
         choices = rng.permutation(np.array(BANDAGES, dtype=np.float64))
-    colours = np.stack([_in_channels(choice, len(below)) for choice in choices])
-    differs = np.abs(colours - below).max(axis=1)
-    chosen = colours[np.argmax(differs >= VISIBLE)] if (differs >= VISIBLE).any() else colours[np.argmax(differs)]
-    chosen = np.rint(chosen)[:, None, None]
-    if kind == "patch":
+    colours = np.stack([_in_channels(choice, channels) for choice in choices])
+    differs = np.abs(colours - covered).max(axis=1)
+    plain = kind != "letter" and (differs >= VISIBLE).any()
+    chosen: np.ndarray = np.rint(colours[np.argmax(differs >= VISIBLE) if plain else np.argmax(differs)])[:, None, None]
+    if kind != "strip":
         return chosen
     # a weave, and a shade towards the edges, as of a fabric
     from scipy.ndimage import distance_transform_edt
 
     depth = distance_transform_edt(np.pad(outline, 1))[1:-1, 1:-1]
     shade = 0.86 + 0.14 * np.minimum(depth / max(depth.max() / 2, 1), 1)
-    weave = rng.normal(0, 4, outline.shape)
-    return chosen * shade + weave
+    woven: np.ndarray = chosen * shade + rng.normal(0, 4, outline.shape)
+    return woven
 
 
 def _in_channels(colour: np.ndarray, channels: int) -> np.ndarray:
