@@ -39,6 +39,7 @@ from lvlmva_core.samples import (
 
 OUT = Path("calibration")  # no output of a stage: nothing of it is committed
 OWN = "params"
+PRECISIONS = ("precision", "precision_on_object")
 ROWS_SHOWN = 8  # of the contact sheet
 
 
@@ -77,6 +78,8 @@ def calibrate(
     loaded = chosen[names[0]]
     rule = _rule(overlap) if overlap else loaded.compare.overlap
     known = {name: Path(path) for name, path in paths().items()}
+    if not known:
+        raise InputError("there is no dvc.yaml here, which says where the prepared data lies; run it in the project")
     items, facts = _items(loaded, known, split, pictures, kinds, seed, rule)
     if show is not None:
         _show(items, show)
@@ -288,13 +291,13 @@ def _usd(value: float | None) -> str:
 
 
 def _summary(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    columns = ["critic", "recall", "precision", "false alarms", "unusable", "USD", "USD for 1,000 pictures"]
+    columns = ["critic", "recall", "precision", "on object", "false alarms", "unusable", "USD", "USD / 1,000"]
     rows = []
     for each in content["critics"]:
         bad, total = each["unusable"]["critic"] + each["unusable"]["judge"], each["unusable"]["pictures"]
         label = f"{each['name']}: {each['critic']}" + (" (a stand-in)" if each["stand_in"] else "")
         found, price = each["quality"], each["cost"]
-        shares = [_interval(found[key]) for key in ("recall", "precision", "false_alarms")]
+        shares = [_interval(found[key]) for key in ("recall", *PRECISIONS, "false_alarms")]
         rows.append([label, *shares, f"{bad}/{total}", _usd(price["usd"]), _usd(price["usd_per_1000_pictures"])])
     return columns, rows
 
@@ -304,8 +307,8 @@ def _details(each: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     for groups in each["quality"]["by"].values():
         for label, found in groups.items():
             if found["recall"]["total"] or found["precision"]["total"]:
-                rows.append([label, _interval(found["recall"]), _interval(found["precision"])])
-    return ["regions", "recall", "precision"], rows
+                rows.append([label, *(_interval(found[key]) for key in ("recall", *PRECISIONS))])
+    return ["regions", "recall", "precision", "on object"], rows
 
 
 def _whole(each: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -325,9 +328,10 @@ def _notes(content: dict[str, Any]) -> list[str]:
         f"{', '.join(content['kinds'])}; seed {content['seed']}.",
         f"Regions: {content['regions']}; for {content['regions_made_from_the_planted_mask']} of {content['planted']} "
         "planted shortcuts the region was made from the planted mask, since it had none of its own.",
-        f"A region counts as spurious by the rule {content['overlap']}; the object is {content['object']}. False "
-        "alarms: of regions on the object in untouched pictures, the share that was rejected. In brackets: Wilson's "
-        "95 % interval, and counts.",
+        f"A region counts as spurious by the rule {content['overlap']}; the object is {content['object']}. On object: "
+        "precision without rejected regions beside the object, where it may be right. False alarms: of regions on the "
+        "object in untouched pictures, the share that was rejected. In brackets: Wilson's 95 % interval, and counts. "
+        "USD / 1,000: of as many pictures like these, at the prices in params.",
     ]
     lines += [f"{name}: {reason}." for name, reason in content["reasons"].items()]
     bound = f"a recall of at least {content['recall_at_least']:g} (lower end of the interval)"

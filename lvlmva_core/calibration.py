@@ -234,8 +234,9 @@ def quality(table: pd.DataFrame) -> dict[str, Any]:
     """What rows of `regions_table` say of a critic.
 
     Of regions with a planted shortcut, recall (the share that was rejected), in all and by kind, region size, kind and
-    size, place, and where the region came from; of rejected regions of planted pictures, precision (the share that
-    holds the shortcut; regions with a known shortcut of the picture's own are left out); false_alarms: of regions on
+    region size, place, and where the region came from; of rejected regions of planted pictures, precision (the share that
+    holds the shortcut; regions with a known shortcut of the picture's own are left out), and precision_on_object, the
+    same without regions beside the object, where a rejection may be right; false_alarms: of regions on
     the object in untouched pictures, the share that was rejected; rejected_elsewhere: the same of regions beside it,
     where it may be right; for each global kind `changed`, the share of regions whose verdict is another one than on the
     untouched picture, and false alarms.
@@ -279,7 +280,11 @@ def quality(table: pd.DataFrame) -> dict[str, Any]:
 def _found(rows: pd.DataFrame) -> dict[str, Any]:
     planted, rejected = rows["truth"] == "planted", rows["verdict"] == "no"
     hits = int((planted & rejected).sum())
-    return {"recall": proportion(hits, int(planted.sum())), "precision": proportion(hits, int(rejected.sum()))}
+    return {
+        "recall": proportion(hits, int(planted.sum())),
+        "precision": proportion(hits, int(rejected.sum())),
+        "precision_on_object": proportion(hits, int((rejected & (rows["truth"] != "elsewhere")).sum())),
+    }
 
 
 def _rejected(rows: pd.DataFrame) -> dict[str, Any]:

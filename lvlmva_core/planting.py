@@ -18,8 +18,8 @@ Place = Literal["on", "off"]
 
 SHARES: dict[Size, tuple[float, float]] = {"small": (0.01, 0.02), "medium": (0.03, 0.05), "large": (0.08, 0.12)}
 LEAST_PIXELS: dict[LocalKind, int] = {"patch": 9, "letter": 35, "strip": 24}  # below, tiny pictures show no such thing
-BLUR: dict[Size, float] = {"small": 0.008, "medium": 0.016, "large": 0.03}  # sigma, of the shorter side
-CAST: dict[Size, float] = {"small": 0.6, "medium": 1.0, "large": 1.6}  # exponent of the gains
+BLUR: dict[Size, float] = {"small": 0.008, "medium": 0.016, "large": 0.024}  # sigma, of the shorter side
+CAST: dict[Size, float] = {"small": 0.4, "medium": 0.7, "large": 1.1}  # exponent of the gains
 GAINS = ((1.2, 1.0, 0.78), (0.8, 0.98, 1.2), (0.85, 1.12, 0.88), (1.15, 0.85, 1.12))  # warm, cool, green, magenta
 BANDAGES = ((222, 180, 145), (240, 234, 222), (70, 120, 190), (232, 140, 60), (110, 170, 95), (200, 70, 80))
 LETTERS = "ABEFHKLRSX"
@@ -207,7 +207,7 @@ def _colour(
     if kind == "letter":  # bright or dark, whichever can be read
         choices = np.array([[238.0] * 3, [18.0] * 3])
     elif kind == "patch":
-        choices = rng.uniform(20, 245, (16, 3))
+        choices = 0.4 * rng.uniform(0, 255, (16, 3)) + 0.6 * rng.uniform(20, 245, (16, 1))  # muted, from dark to bright
     else:
         choices = rng.permutation(np.array(BANDAGES, dtype=np.float64))
     colours = np.stack([_in_channels(choice, channels) for choice in choices])
