@@ -351,14 +351,14 @@ def _print(content: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     shown = [("Critics on planted shortcuts", _summary(content))]
     for each in content["critics"]:
         shown += [(each["name"], _details(each)), (f"{each['name']}: the whole picture changed", _whole(each))]
     for title, (columns, rows) in shown:
         table = Table(title=title, title_justify="left")
         for column in columns:
-            table.add_column(column)
+            table.add_column(column, no_wrap=column == columns[0])
         for row in rows:
             table.add_row(*row)
         console.print(table)

@@ -234,12 +234,12 @@ def quality(table: pd.DataFrame) -> dict[str, Any]:
     """What rows of `regions_table` say of a critic.
 
     Of regions with a planted shortcut, recall (the share that was rejected), in all and by kind, region size, kind and
-    region size, place, and where the region came from; of rejected regions of planted pictures, precision (the share that
-    holds the shortcut; regions with a known shortcut of the picture's own are left out), and precision_on_object, the
-    same without regions beside the object, where a rejection may be right; false_alarms: of regions on
-    the object in untouched pictures, the share that was rejected; rejected_elsewhere: the same of regions beside it,
-    where it may be right; for each global kind `changed`, the share of regions whose verdict is another one than on the
-    untouched picture, and false alarms.
+    region size, place, and where the region came from. Of rejected regions of planted pictures, precision (the share
+    that holds the shortcut; regions with a known shortcut of the picture's own are left out), and precision_on_object,
+    the same without regions beside the object, where a rejection may be right. false_alarms: of regions on the object
+    in untouched pictures, the share that was rejected; rejected_elsewhere: the same of regions beside it. For each
+    global kind `changed`, the share of regions whose verdict is another one than on the untouched picture, and false
+    alarms.
     """
     local = table[table["kind"].isin(get_args(LocalKind)) & (table["truth"] != "known_shortcut")]
     untouched = table[table["kind"] == UNTOUCHED]

@@ -20,7 +20,7 @@ RATES = {
 def scene(number: int) -> tuple[np.ndarray, np.ndarray]:
     """A picture uint8 (3, 112, 112) of a disc, no two alike, and the disc's mask."""
     rows, columns = np.indices((SIDE, SIDE))
-    disc = np.hypot(rows - 50 - number % 13, columns - 50 - number // 13) <= 28
+    disc = np.hypot(rows - 50 - number % 13, columns - 50 - number // 13) <= 40
     return np.where(disc, np.array(DISC)[:, None, None], np.array(BACKGROUND)[:, None, None]).astype(np.uint8), disc
 
 

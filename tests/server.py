@@ -283,13 +283,12 @@ def _critique(body: dict[str, Any]) -> str:
     image, regions, _ = _pictures(body)
     distances = [np.linalg.norm(regions.astype(float) - colour, axis=2) for colour in COLOURS.values()]
     nearest = np.array(list(COLOURS))[np.argmin(distances, axis=0)]
-    lines = ["I looked at all three pictures."]
     prompt = body["messages"][0]["content"][0]["text"]
     asked = re.search(r"one flat colour:\s*([a-z, ]+)\.", prompt)
     assert asked
-    for colour in asked[1].split(", "):
-        lines.append(f"{colour}: {DECIDE(body['model'], image, nearest == colour, colour)}")
-    return "\n".join(lines)
+    colours = asked[1].split(", ")
+    verdicts = [f"{colour}: {DECIDE(body['model'], image, nearest == colour, colour)}" for colour in colours]
+    return "\n".join(["I looked at all three pictures.", *verdicts])
 
 
 def _verdicts(body: dict[str, Any]) -> str:
