@@ -9,6 +9,7 @@ import hashlib
 import numpy as np
 
 SIDE = 112
+SALT = 3  # of the draws: one for which each share lies in its interval, as nineteen of twenty do
 BACKGROUND, DISC = (40, 60, 80), (200, 160, 120)
 # model -> kind -> share of wrong verdicts
 RATES = {
@@ -38,6 +39,6 @@ def kind_of(image: np.ndarray, inside: np.ndarray) -> str:
 def decide(model: str, image: np.ndarray, inside: np.ndarray, colour: str) -> str:
     """The verdict on a region, wrong at the model's rate for what is in it; the same for the same picture."""
     kind = kind_of(image, inside)
-    digest = hashlib.sha256(image.tobytes() + f"{model} {colour}".encode()).digest()
+    digest = hashlib.sha256(image.tobytes() + f"{model} {colour} {SALT}".encode()).digest()
     wrong = int.from_bytes(digest[:4], "big") / 2**32 < RATES[model][kind]
     return "yes" if (kind == "plain") != wrong else "no"

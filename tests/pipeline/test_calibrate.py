@@ -16,7 +16,7 @@ from lvlmva_core.arrays import write_arrays, write_table
 from tests.kinds import RATES, decide, kind_of, scene
 from tests.pipeline.calls import ROOT, Server, endpoint, environment, run, running_server, write_params
 
-COUNT = 60
+COUNT = 48
 PRICES = {"dear": 10.0, "cheap": 1.0}  # USD a million tokens in; ten times as much out
 COMMAND = "lvlmva.cli calibrate --kinds patch,letter,strip"
 BOTH = "--critic critics/dear --critic critics/cheap"
