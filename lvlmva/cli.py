@@ -4,6 +4,7 @@ from typing import Any
 
 import typer
 
+from lvlmva.calibrate import calibrate
 from lvlmva.calls import calls
 from lvlmva.check_model import check_model_command
 from lvlmva.export import export as export_model
@@ -29,6 +30,7 @@ class App(typer.Typer):
 app = App(pretty_exceptions_enable=False, no_args_is_help=True)
 app.add_typer(calls, name="calls")
 app.command()(preset)
+app.command()(calibrate)
 app.command()(results)
 app.command()(sweep)
 app.command()(deps)
