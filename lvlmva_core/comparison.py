@@ -184,7 +184,7 @@ def verdict_summary(
     of_sample = {record.sample: record for record in records}
     given = [None if of_sample[sample].failure is not None else of_sample[sample].by_region() for sample in ids]
     return {
-        "critic": sorted({record.critic for record in records}),
+        "critic": sorted({name for record in records for name in record.critics()}),
         "judge": sorted({record.judge for record in records}),
         "critic_settings": next((record.settings for record in records if record.settings), {}),
         "samples": len(records),
