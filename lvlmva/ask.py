@@ -74,6 +74,7 @@ def criticise_by_model(
             case.picture,
             case.segments,
             name_spurious_feature=named,
+            overlay=config.overlay,
             index=index,
         )
 
@@ -108,7 +109,7 @@ def criticise_by_model(
     )
     if results is None:
         return []
-    settings = {"name_spurious_feature": named, "prompt": prompts.digest}
+    settings = {"name_spurious_feature": named, "overlay": config.overlay, "prompt": prompts.digest}
     found = dict(zip(((case.sample, number) for case, number in asked), results, strict=True))
     return [
         row_of_answer(
