@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import typer
@@ -144,7 +144,7 @@ def _pictures(done: Checklist, loaded: Params, images: Path, samples: Path, mask
 
     passed = done.attempt("pictures", look)
     for line in said.getvalue().splitlines():
-        if line.startswith("prepare: ") and passed:
+        if line.startswith("prepare: ") and passed and " left" != line[-5:]:
             done.add("pictures", "ok", line.removeprefix("prepare: "))
     if passed:
         seconds = time.monotonic() - started
@@ -185,9 +185,7 @@ def _splits(done: Checklist, loaded: Params, samples: Path, masks: Path) -> None
         done.add("methods", "ok", f"no {' and no '.join(lacking)}: what needs them is left out, and said")
 
 
-def _model(
-    done: Checklist, loaded: Params, params: Path, images: Path, samples: Path, masks: Path
-) -> Probed | None:
+def _model(done: Checklist, loaded: Params, params: Path, images: Path, samples: Path, masks: Path) -> Probed | None:
     from lvlmva_core.compute import set_up_compute
     from lvlmva_core.foreign import initial_spec, load_foreign
     from lvlmva_core.models import build_model
@@ -236,7 +234,13 @@ def _model(
 
 
 def _critic(
-    done: Checklist, loaded: Params, known: dict[str, Path], classes: list[str] | None, probed: Probed | None, *, ask: bool
+    done: Checklist,
+    loaded: Params,
+    known: dict[str, Path],
+    classes: list[str] | None,
+    probed: Probed | None,
+    *,
+    ask: bool,
 ) -> None:
     """Prompts, endpoint and cost of critique and judge."""
     critic, judge = loaded.critique, loaded.judge
@@ -278,8 +282,8 @@ def _critic(
         done.add(
             "critic",
             "ok" if critic.critic == "oracle" or getattr(loaded.prepare, "dataset", "").startswith("decoy") else "warn",
-            f"'{critic.critic}' is a stand-in, which {what}: no vision-language model is asked; choose one with `lvlmva "
-            "preset critics/...`",
+            f"'{critic.critic}' is a stand-in, which {what}: no vision-language model is asked; choose one with "
+            "`lvlmva preset critics/...`",
         )
     if isinstance(judge, ModelJudge):
         _endpoint(done, "judge", judge.endpoint, pictures=False)
@@ -304,9 +308,10 @@ def _endpoint(done: Checklist, section: str, endpoint: Endpoint, *, pictures: bo
     allowed = os.environ.get("LVLMVA_ALLOW_HOSTS", "").split()
     if not is_loopback(endpoint) and host not in allowed and f"{host} {key}" not in allowed_hosts():
         done.add(
-            "endpoint", "warn", f"{host} was never used on this machine; agree with `lvlmva calls allow {host} --variable "
-            f"{key}`"
-        )  # fmt: skip
+            "endpoint",
+            "warn",
+            f"{host} was never used on this machine; agree with `lvlmva calls allow {host} --variable {key}`",
+        )
     if not price_is_known(endpoint):
         done.add("endpoint", "warn", f"{section}.endpoint: prices are not set, so that max_cost_usd cannot hold")
     return True

@@ -105,12 +105,12 @@ def read_chain(sample: str, known: dict[str, Path]) -> Chain:
     if _there(chain, known["entropies"], "rank"):
         entropies = read_table(known["entropies"], ["id", "entropy"]).set_index("id")["entropy"]
         chain.entropy = float(entropies[sample]) if sample in entropies.index else None
-    if _there(chain, known["alignment_set"], "rank"):
-        if sample not in set(read_table(known["alignment_set"], ["id"])["id"]):
-            chain.lacking.append(
-                f"all that follows: '{sample}' is not in the alignment set (rank.n_samples, rank.strategy choose it)"
-            )
-            return chain
+    ranked = _there(chain, known["alignment_set"], "rank")
+    if ranked and sample not in set(read_table(known["alignment_set"], ["id"])["id"]):
+        chain.lacking.append(
+            f"all that follows: '{sample}' is not in the alignment set (rank.n_samples, rank.strategy choose it)"
+        )
+        return chain
     chain.before = _row(chain, known["attributions"], "attributions", "attribute")
     chain.segments = _row(chain, known["segments"], "segments", "segment")
     critique = _record(chain, known["critiques"], CritiqueRow, "critique")

@@ -6,7 +6,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -142,17 +142,22 @@ def _found(answers: Answers, columns: str | None) -> Found:
     root = Path(images).expanduser()
     if not root.exists():
         raise InputError(f"--images {images}: nothing there; give the folder or tar archive of the pictures")
-    table = _none(answers.get("table", "Table, a row a picture ('none': class folders)", lambda: guess_table(root) or "none"))
+    table = _none(
+        answers.get("table", "Table, a row a picture ('none': class folders)", lambda: guess_table(root) or "none")
+    )
     chosen, pattern, notes = _columns(columns), None, []
     if table is not None:
         path = root / table if root.is_dir() and not Path(table).expanduser().is_file() else Path(table).expanduser()
         if not path.is_file():
             raise InputError(f"--table {table}: no such file, here or below {images}")
         cells = read_cells(path)
-        guessed = guess_columns(cells, root)
-        pattern = guessed.pattern if chosen.get("file", guessed.file) == guessed.file else None
+        guessed = guess_columns(cells.drop(columns=[c for c in chosen.values() if c in cells]), root)
+        if "file" in chosen and chosen["file"] in cells:
+            guessed = replace(guess_columns(cells[[chosen["file"]]], root), label=guessed.label)
+        pattern = guessed.pattern
         for role, column in (("file", guessed.file), ("label", guessed.label)):
-            chosen.setdefault(role, _asked_column(answers, role, column, list(cells.columns), path))
+            if role not in chosen:
+                chosen[role] = _asked_column(answers, role, column, list(cells.columns), path)
         listed = read_listed(path, {role: chosen.get(role) for role in COLUMNS})
         notes += listed.notes
         if pattern:
@@ -174,11 +179,15 @@ def _found(answers: Answers, columns: str | None) -> Found:
     normalisation = None
     if checkpoint is not None and (answers.said["normalisation"] or not model.startswith("timm:")):
         usual = "imagenet" if model.startswith("torchvision:") else "none"
-        normalisation = str(answers.get("normalisation", "Pixels were scaled by (imagenet, half, none, bytes)", lambda: usual))
+        normalisation = str(
+            answers.get("normalisation", "Pixels were scaled by (imagenet, half, none, bytes)", lambda: usual)
+        )
         if answers.said["normalisation"] is None:
             notes.append(f"normalisation {normalisation} is a guess; `lvlmva check` tries the others")
     rows, splits = [*listed.table["label"]], splits_of(listed)[0]
-    train = Counter(rows if splits is None else [row for row, split in zip(rows, splits, strict=True) if split == "train"])
+    train = Counter(
+        rows if splits is None else [row for row, split in zip(rows, splits, strict=True) if split == "train"]
+    )
     share = 0.7 if splits is None else 1.0
     return Found(
         images, table, chosen, pattern, size, model, checkpoint, classes, normalisation,
@@ -245,7 +254,7 @@ def _preset_text(name: str, found: Found) -> str:
         "seeds": [0, 1, 2],
     }
     true_masks = ", rrr_gt: {}" if found.masks and found.groups else ""
-    return f"""# Written by `lvlmva new {name}`. What each key means: docs/own.md; `lvlmva check` before the first `dvc repro`.
+    return f"""# Written by `lvlmva new {name}`. What each key means: docs/own.md. `lvlmva check` comes before `dvc repro`.
 prepare:
 {_section(prepare)}
 train:
@@ -272,8 +281,8 @@ def _section(content: dict[str, Any]) -> str:
 
 def _specification_text(classes: list[str]) -> str:
     described = "\n".join(f"  {json.dumps(each, ensure_ascii=False)}: null" for each in classes)
-    return f"""# What an expert says of the pictures. Write it in the place of each null; `lvlmva check` says what is left.
-# The questions around it are prompts/generic/critic.j2 and judge.j2; a file of that name in this folder replaces one.
+    return f"""# What an expert says of the pictures, in the place of each null; `lvlmva check` says what is left.
+# The questions around it are prompts/generic/critic.j2 and judge.j2; a file of that name here replaces one.
 picture: null   # what they are, e.g. close photographs of lesions of the skin
 classes:        # of each, in a sentence or two, what shows it and where
 {described}

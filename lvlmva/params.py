@@ -199,7 +199,7 @@ def prompts_folder(prompts: Path, key: str, name: str) -> Path:
     if not folder.is_dir():
         known = ", ".join(sorted(each.name for each in prompts.glob("*/"))) or "none"
         raise InputError(
-            f"{key} = '{name}': no folder {folder} (there: {known}); name one of these, or copy its specification.yaml from prompts/generic"
+            f"{key} = '{name}': no folder {folder} (there: {known}); name one of these, or copy prompts/generic to it"
         )
     return folder
 

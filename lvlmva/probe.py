@@ -125,7 +125,9 @@ def probe(
     trials = 3 * params.exchange.n_held_out + tests * (1 + (5 * len(CORRUPTIONS) if params.evaluate.robustness else 0))
     maps = params.evaluate.attribution_samples if true_masks else 0
     seconds = models * (trials * forward + maps * per_map)
-    found.append(Estimate("evaluate", seconds, memory, None, f"{models} models, {trials} pictures and {maps} maps each"))
+    found.append(
+        Estimate("evaluate", seconds, memory, None, f"{models} models, {trials} pictures and {maps} maps each")
+    )
     return Probed(found, error, pictures[0], np.asarray(cut["segments"][0]), int(labels[0]))
 
 

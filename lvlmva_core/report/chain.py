@@ -60,7 +60,9 @@ def chain_figure(
         y = 1 - (place + 1) * step
         left.scatter([0.02], [y], color=[rgb], edgecolors="black", s=40, marker="s", transform=left.transAxes)
         said = f"{each['colour']}: {each['attribution']:.0%} of positive attribution, {each['area']:.0%} of pixels"
-        left.text(0.06, y, f"{said}: {each['verdict'] or 'no verdict'}", fontsize=7.5, va="center", transform=left.transAxes)
+        left.text(
+            0.06, y, f"{said}: {each['verdict'] or 'no verdict'}", fontsize=7.5, va="center", transform=left.transAxes
+        )
     right.text(0, 1, "\n".join([_plain(who), *words]), fontsize=7.5, va="top", transform=right.transAxes)
     return figure
 
