@@ -144,7 +144,7 @@ def _pictures(done: Checklist, loaded: Params, images: Path, samples: Path, mask
 
     passed = done.attempt("pictures", look)
     for line in said.getvalue().splitlines():
-        if line.startswith("prepare: ") and passed and " left" != line[-5:]:
+        if line.startswith("prepare: ") and passed and line[-5:] != " left":
             done.add("pictures", "ok", line.removeprefix("prepare: "))
     if passed:
         seconds = time.monotonic() - started
