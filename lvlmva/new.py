@@ -254,7 +254,7 @@ def _preset_text(name: str, found: Found) -> str:
         "seeds": [0, 1, 2],
     }
     true_masks = ", rrr_gt: {}" if found.masks and found.groups else ""
-    return f"""# Written by `lvlmva new {name}`. What each key means: docs/own.md. `lvlmva check` comes before `dvc repro`.
+    return f"""# Written by `lvlmva new {name}`. What each key means: docs/own.md. Next: `lvlmva check`.
 prepare:
 {_section(prepare)}
 train:
