@@ -48,6 +48,7 @@ def chain_figure(
         axes.set_xticks([])
         axes.set_yticks([])
         if image is None:
+            axes.set_box_aspect(picture.shape[1] / picture.shape[2])
             axes.text(0.5, 0.5, "not made", ha="center", va="center", fontsize=8, transform=axes.transAxes)
         else:
             axes.imshow(image, **how)
