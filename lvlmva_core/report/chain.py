@@ -42,7 +42,8 @@ def chain_figure(
     height = max(len(words), len(regions) + 1, 3) * 0.15 + 0.4
     figure = Figure(figsize=(12, 2.6 + height), layout="constrained")
     figure.suptitle(_plain(heading), fontsize=10)
-    top, bottom = figure.subfigures(2, 1, height_ratios=[2.4, height])
+    halves: Any = figure.subfigures(2, 1, height_ratios=[2.4, height])
+    top, bottom = halves
     for axes, (title, image, how) in zip(top.subplots(1, len(drawn)), drawn, strict=True):
         axes.set_title(title, fontsize=8)
         axes.set_xticks([])
