@@ -6,8 +6,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from lvlmva_core.regions import Overlap
-from lvlmva_core.render import Overlay
+from lvlmva_core.regions import Overlap, Overlay
 from lvlmva_core.settings import Count, NonNegative, Positive, Seed, Settings, Share
 
 _CREDENTIALS = ("api_key", "apikey", "api-key", "authorization", "secret", "password")
