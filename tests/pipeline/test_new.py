@@ -78,6 +78,7 @@ def _train_elsewhere(path: Path) -> None:
     torch.save(network.state_dict(), path)
 
 
+@pytest.mark.timeout(1800)  # thirty commands, each a process
 def test_from_a_folder_to_a_gate(project: Project) -> None:
     asked = project.run("lvlmva", "new", "scans", "--images", "pictures", check=False)
     assert asked.returncode == 1
