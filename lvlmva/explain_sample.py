@@ -156,7 +156,7 @@ def _row(chain: Chain, path: Path, name: str, stage: str) -> np.ndarray | None:
         why = "the panel shows others (explain.panel_samples)" if stage == "explain" else "left out there"
         chain.lacking.append(f"{path}: holds no '{chain.sample}' ({why})")
         return None
-    return read_array(path, name, np.array([ids.index(chain.sample)]))[0]
+    return np.asarray(read_array(path, name, np.array([ids.index(chain.sample)]))[0])
 
 
 def _record(chain: Chain, path: Path, kind: Any, stage: str) -> Any:

@@ -78,7 +78,7 @@ class Params(Settings):
     rank: Rank
     attribute: AttributionMethod
     segment: Segmenter
-    exchange: Exchange
+    exchange: Exchange = Exchange()
     critique: Critique
     judge: Judge
     mask: Mask

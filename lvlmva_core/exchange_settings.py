@@ -10,7 +10,7 @@ class Exchange(Settings):
     pictures that the rejected regions are put into, after alignment. batch_size: pictures that are run at once.
     """
 
-    n_donors: Count
-    n_held_out: Count
-    batch_size: Count
-    seed: Seed
+    n_donors: Count = 8
+    n_held_out: Count = 200
+    batch_size: Count = 256
+    seed: Seed = 0

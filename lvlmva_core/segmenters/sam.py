@@ -38,9 +38,13 @@ class Sam(Segmenter):
         self, attributions: np.ndarray, images: np.ndarray | None, ids: Sequence[str], device: "torch.device"
     ) -> Arrays:
         """Masks at a grid of points (Kirillov et al. 2023), smaller ones on top, down to n_regions."""
+        import torch
+
         from lvlmva_core.segmentation.sam import load_sam, sam_regions
 
         if images is None:
             raise ValueError("sam reads the pictures: give images")
-        model = load_sam(Path(self.sam_checkpoint), device)
-        return merged([sam_regions(model, image) for image in images], attributions, ids, self.n_regions)
+        with torch.random.fork_rng(devices=[]):  # transformers draws weights before it reads them
+            model = load_sam(Path(self.sam_checkpoint), device)
+            regions = [sam_regions(model, image) for image in images]
+        return merged(regions, attributions, ids, self.n_regions)

@@ -29,21 +29,22 @@ class MetricTests:
         return METRICS[self.name].measure(of)
 
     def measured(self) -> Measured:
-        """Sixty samples of three classes with and without the feature, a third of them wrong; maps and true masks."""
+        """Sixty samples of three classes with and without the feature, a third wrong; maps, true masks, exchanges."""
         rng = np.random.default_rng(0)
         labels, spurious = rng.integers(0, CLASSES, N), rng.random(N) < 0.6
         predictions = np.where(rng.random(N) < 2 / 3, labels, (labels + 1) % CLASSES)
         groups = np.array([f"{k}/{'spurious' if s else 'plain'}" for k, s in zip(labels, spurious, strict=True)])
         shares = pd.Series(rng.dirichlet(np.ones(2 * CLASSES)), sorted(set(groups)))
         maps, masks = rng.normal(size=(20, 6, 6)), rng.random((20, 6, 6)) < 0.3
-        return Measured(predictions, labels, spurious, groups, shares, maps, masks)
+        exchanged = rng.normal(size=(20, 3))
+        return Measured(predictions, labels, spurious, groups, shares, maps, masks, exchanged)
 
     def test_a_number_or_none(self) -> None:
         """A finite float; without maps and masks it may be None."""
         found = self.measure(self.measured())
         assert type(found) is float, f"expected a float, not {type(found).__name__}"
         assert math.isfinite(found)
-        without = self.measure(replace(self.measured(), maps=None, masks=None))
+        without = self.measure(replace(self.measured(), maps=None, masks=None, exchanged=None))
         assert without is None or without == found
 
     def test_the_order_of_samples_changes_nothing(self) -> None:
@@ -53,6 +54,7 @@ class MetricTests:
         assert of.spurious is not None
         assert of.maps is not None
         assert of.masks is not None
+        assert of.exchanged is not None
         shuffled = Measured(
             of.predictions[order],
             of.labels[order],
@@ -61,6 +63,7 @@ class MetricTests:
             of.training_shares[::-1],
             of.maps[of_maps],
             of.masks[of_maps],
+            of.exchanged[of_maps],
         )
         self._same(shuffled, "it depends on the order of samples")
 
@@ -77,6 +80,7 @@ class MetricTests:
         assert of.spurious is not None
         assert of.maps is not None
         assert of.masks is not None
+        assert of.exchanged is not None
         twice = Measured(
             np.tile(of.predictions, 2),
             np.tile(of.labels, 2),
@@ -85,6 +89,7 @@ class MetricTests:
             of.training_shares,
             np.concatenate([of.maps, of.maps]),
             np.concatenate([of.masks, of.masks]),
+            np.concatenate([of.exchanged, of.exchanged]),
         )
         self._same(twice, "it depends on the number of samples")
 
@@ -94,7 +99,7 @@ class MetricTests:
         kept = copy.deepcopy(of)
         with global_generators_left_alone():
             self.measure(of)
-        for name in ("predictions", "labels", "spurious", "groups", "maps", "masks"):
+        for name in ("predictions", "labels", "spurious", "groups", "maps", "masks", "exchanged"):
             assert np.array_equal(getattr(of, name), getattr(kept, name)), f"{name} was written to"
         assert of.training_shares.equals(kept.training_shares)
 

@@ -24,7 +24,8 @@ from lvlmva_core.attribution_methods import AttributionMethod
 from lvlmva_core.comparison import measure, over_seeds
 from lvlmva_core.controls import MASK_SOURCES, Given
 from lvlmva_core.datasets import write_dataset
-from lvlmva_core.evaluation import evaluate_models
+from lvlmva_core.evaluation import Rejected, evaluate_models
+from lvlmva_core.exchange_settings import Exchange
 from lvlmva_core.lvlm import offline
 from lvlmva_core.models import ModelSpec, build_model, save_checkpoint
 from lvlmva_core.report.tables import before_and_after
@@ -103,7 +104,10 @@ def split(n: int, seed: int, name: str) -> Split:
 def evaluated() -> tuple[Any, pd.DataFrame]:
     training, test = split(12, 0, "train"), split(16, 1, "test")
     models = {"": build_model(SPEC, 0).eval()}
-    outputs = evaluate_models(models, {"test": test}, None, training.images, batch_size=8, robustness=True)
+    masks = torch.zeros(12, 8, 8, dtype=torch.bool)
+    masks[:, :2, :2] = True
+    rejected = Rejected(training, masks, Exchange(n_donors=2, n_held_out=4))
+    outputs = evaluate_models(models, {"test": test}, None, training.images, rejected, batch_size=8, robustness=True)
     return outputs, pd.concat([test.table, training.table]).sort_values("id", ignore_index=True)
 
 

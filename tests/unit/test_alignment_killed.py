@@ -42,7 +42,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     channels, height, width = read_images(folder / "images.zarr", np.array([0])).shape[1:]
     spec = ModelSpec("mlp", channels, height, width, 10, 64)
     save_checkpoint(folder / "base.safetensors", spec, build_model(spec, seed=0))
-    settings(folder / "params.yaml", folder / "settings")
+    settings(
+        folder / "params.yaml", folder / "samples.parquet", folder / "masks.zarr", ROOT / "prompts", folder / "settings"
+    )
     return folder
 
 
