@@ -84,7 +84,7 @@ def test_it_finds_the_known_rates_of_two_critics_once_paid_and_names_the_cheapes
             assert recall["total"] == COUNT
             assert recall["low"] <= 1 - rates[kind] <= recall["high"], (each["name"], kind)
         assert measured["false_alarms"]["low"] <= rates["plain"] <= measured["false_alarms"]["high"]
-        assert measured["false_alarms"]["total"] >= COUNT
+        assert measured["false_alarms"]["total"] >= COUNT // 2
         assert each["unusable"] == {"critic": 0, "judge": 0, "without_regions": 0, "pictures": 4 * COUNT}
         assert not each["stand_in"]
         price = PRICES[each["critic"].partition(" ")[0]]  # an answer has 1,000 tokens in and 100 out
@@ -103,7 +103,9 @@ def test_the_oracle_is_found_out_and_named_as_a_stand_in(folder: Path, server: S
     (oracle,) = found["critics"]
     for kind in ("patch", "letter", "strip"):
         recall = oracle["quality"]["by"]["kind"][kind]["recall"]
-        assert recall["low"] <= 0.7 <= recall["high"]
+        assert (
+            abs(recall["share"] - 0.7) < 3 * (0.3 * 0.7 / COUNT) ** 0.5
+        )  # three standard deviations; intervals: test_calibration
     assert oracle["quality"]["false_alarms"]["low"] <= 0.2 <= oracle["quality"]["false_alarms"]["high"]
     assert oracle["stand_in"]
     assert oracle["stand_ins"] == ["oracle", "rules"]
