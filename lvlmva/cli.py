@@ -4,6 +4,7 @@ from typing import Any
 
 import typer
 
+from lvlmva.audit import audit
 from lvlmva.calls import calls
 from lvlmva.check_model import check_model_command
 from lvlmva.export import export as export_model
@@ -35,6 +36,7 @@ app.command()(deps)
 app.command("check-model")(check_model_command)
 app.command("export")(export_model)
 app.command()(gate)
+app.command()(audit)
 
 if __name__ == "__main__":
     app()
