@@ -193,8 +193,9 @@ def look(subject: Subject, how: How, device: "torch.device") -> tuple["AuditCont
     pixels = read_images(subject.images, shown.table.index.to_numpy())
     labels = shown.labels.cpu().numpy()
     scale = typical_size(reliance.logit) or 1.0
+    falls = {name: getattr(reliance, name) for name in ("other", "own", "other_spread", "flipped")}
     groups, rare = found_by.region_groups(
-        label_maps, maps, pixels, labels, asdict(reliance), scale, n_classes=len(names), seed=how.seed
+        label_maps, maps, pixels, labels, falls, scale, n_classes=len(names), seed=how.seed
     )
     measured, left_out = found_by.measure_cues(
         {**cues, **_file_cues(pictured, subject.source)}, labels_of_all, len(names)
