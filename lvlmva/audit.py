@@ -166,7 +166,7 @@ def look(subject: Subject, how: How, device: "torch.device") -> tuple["AuditCont
 
     model, table, names = subject.model, subject.table, subject.class_names
     pictured = table.iloc[subject.rows]
-    labels_of_all = pictured["label"].to_numpy()
+    labels_of_all = pictured["label"].to_numpy(copy=True)
     logits, cues = _run_all(subject, device)
     chosen = _chosen(pictured, logits, how.samples)
     shown = read_sample_rows(subject.images, table, chosen, device)

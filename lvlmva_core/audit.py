@@ -71,6 +71,11 @@ class RegionGroup:
         """Whether predictions certainly depend on it."""
         return self.low > DEPENDS_FROM
 
+    @property
+    def stands_out(self) -> bool:
+        """Whether it is to be looked at first: depended on, at the edge, where an object seldom lies."""
+        return self.depended_on and self.at_edge
+
 
 @dataclass(frozen=True)
 class Cue:
@@ -209,7 +214,7 @@ def region_groups(
     n_classes: int,
     seed: int,
 ) -> tuple[list[RegionGroup], int]:
-    """Regions pooled over samples and grouped; the groups that predictions depend on most come first.
+    """Regions pooled over samples and grouped; what stands out comes first, then by reliance.
 
     Args:
         segments, attributions, images: of `describe_regions`. labels: int (N,).
@@ -257,7 +262,7 @@ def region_groups(
                 flipped=float(of["flipped"].mean()),
             )
         )
-    groups.sort(key=lambda group: (-group.reliance, group.members))
+    groups.sort(key=lambda group: (not group.stands_out, -group.reliance, group.members))
     return _named_apart(groups), rare
 
 
@@ -334,7 +339,7 @@ def verdict_of(
         accuracy: of the model on the pictures, 0..1. commonest: share of the commonest class, 0..1.
     """
     points = []
-    edge = [group for group in groups if group.depended_on and group.at_edge]
+    edge = [group for group in groups if group.stands_out]
     inner = [group for group in groups if group.depended_on and not group.at_edge]
     high = [cue for cue in cues if cue.high]
     if accuracy <= commonest:
@@ -355,7 +360,7 @@ def verdict_of(
     elif not edge:
         points.append("No single region decides either: none changes the logit by a tenth of its typical size.")
     if high:
-        told = [f"{cue.cue} ({class_names[cue.label]}: AUC {cue.auc:.2f})" for cue in high]
+        told = [f"{cue.cue} (class {class_names[cue.label]}: AUC {cue.auc:.2f})" for cue in high]
         points.append(
             f"Global cues go with the labels: {_listed(told)}. A model can use them wherever it looks; this does not "
             "say that it does."
