@@ -131,7 +131,7 @@ def _group(
     )
     said = [f"{share:.0%} of the samples of class {content.class_names[k]}" for share, k in order[:4]]
     if len(order) > 4:
-        said.append(f"and some of {len(order) - 4} other classes")
+        said.append(f"and some of {len(order) - 4} more")
     # spread over the members, so that no single kind of them is shown alone
     places = np.unique(np.linspace(0, len(group.members) - 1, min(examples, len(group.members))).round().astype(int))
     return {
