@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ import typer
 
 from lvlmva.hydrate import committed_versions, open_store, version_at_head
 from lvlmva_core.errors import InputError
-from lvlmva_core.lvlm.budget import Estimate, cost_usd, estimate_calls, estimate_input_tokens, price_is_known
+from lvlmva_core.lvlm.budget import Estimate, Spent, cost_usd, estimate_calls, estimate_input_tokens, price_is_known
 from lvlmva_core.lvlm.calls import Call, CallStore, Record, check_record, note
 from lvlmva_core.lvlm.cases import Case
 from lvlmva_core.lvlm.client import (
@@ -45,12 +45,23 @@ CALLS_KEPT = 256  # of half a megabyte each
 
 
 def criticise_by_model(
-    config: ModelCritic, cases: Sequence[Case], class_names: list[str], folder: Path, out: Path, *, dry_run: bool
+    config: ModelCritic,
+    cases: Sequence[Case],
+    class_names: list[str],
+    folder: Path,
+    out: Path,
+    *,
+    dry_run: bool,
+    section: str = "critique.endpoint",
+    bill: Spent | None = None,
 ) -> list[CritiqueRow]:
     """Rows of a model's critiques, bought as far as the store lacks them; none after a dry run.
 
     Args:
-        folder: of the prompts. out: where the rows will be written.
+        folder: of the prompts. out: where the rows will be written. section, bill: as for `ask_all`.
+
+    Returns:
+        `config.samples` rows a case, one after the other.
     """
     prompts = load_critic_prompts(folder, class_names)
     named = config.name_spurious_feature
@@ -67,9 +78,13 @@ def criticise_by_model(
             index=index,
         )
 
-    async def ask(client: Client, case: Case, first: Question) -> Record:
-        async def answer(index: int) -> Record:
-            later = first if index == 0 else _question(lambda: call_of(case, index), case.sample)
+    async def ask(client: Client, item: tuple[Case, int], first: Question) -> Record:
+        case, number = item
+
+        async def answer(attempt: int) -> Record:
+            # the others' indices are passed over; with one answer, attempts are counted 0, 1, 2, ...
+            index = number + attempt * config.samples
+            later = first if attempt == 0 else _question(lambda: call_of(case, index), case.sample)
             return await client.ask(
                 Question(later.keys, later.build, case.sample, lambda text: why_no_critique(text, colours))
             )
@@ -77,15 +92,16 @@ def criticise_by_model(
         colours = list(case.regions().values())
         return await ask_critic(answer, max_attempts=config.max_attempts, beyond=client.beyond.add)
 
-    asked = [case for case in cases if case.regions()]
+    asked = [(case, number) for case in cases if case.regions() for number in range(config.samples)]
     results = ask_all(
         asked,
-        name_of=lambda case: case.sample,
-        first_call=call_of,
+        name_of=lambda item: item[0].sample,
+        first_call=lambda item: call_of(*item),
         work=ask,
         failure_of=lambda record: None,
         config=config,
-        section="critique.endpoint",
+        section=section,
+        bill=bill,
         out=out,
         replay=config.critic == "replay",
         pictures=True,
@@ -94,10 +110,13 @@ def criticise_by_model(
     if results is None:
         return []
     settings = {"name_spurious_feature": named, "overlay": config.overlay, "prompt": prompts.digest}
-    found = dict(zip((case.sample for case in asked), results, strict=True))
+    found = dict(zip(((case.sample, number) for case, number in asked), results, strict=True))
     return [
-        row_of_answer(case, config, settings if case.sample in found else {}, found.get(case.sample, ""))
+        row_of_answer(
+            case, config, settings if (case.sample, number) in found else {}, found.get((case.sample, number), "")
+        )
         for case in cases
+        for number in range(config.samples)
     ]
 
 
@@ -150,8 +169,8 @@ def judge_by_model(
     )
     if results is None:
         return []
-    found = dict(zip((row.sample for row in asked), results, strict=True))
-    return [row_of_judged(row, config, found.get(row.sample)) for row in critiques]
+    found = iter(results)
+    return [row_of_judged(row, config, next(found) if row.failure is None else None) for row in critiques]
 
 
 def ask_all(
@@ -167,6 +186,7 @@ def ask_all(
     replay: bool,
     pictures: bool,
     dry_run: bool,
+    bill: Spent | None = None,
 ) -> list[S | str] | None:
     """Ask about each item, from the store where possible; say before what is bought, and after what it took.
 
@@ -176,6 +196,7 @@ def ask_all(
             answer. failure_of: why a result is of no use, or None.
         section: of params.yaml that holds the endpoint. out: the stage's output, whose committed versions are
             searched for answers before anything is bought. replay: never send. pictures: whether calls hold some.
+        bill: what others bought in this run, which counts against the limits; what is bought here is added.
 
     Returns:
         For each item the result, or the reason (str) why there is none; None after a dry run.
@@ -211,6 +232,8 @@ def ask_all(
     if estimate.new_calls:
         prepare()
     client = Client(endpoint, section, calls, prepare, replay, save_elsewhere)
+    if bill is not None:
+        client.budget.earlier = replace(bill)
     missing: list[str] = []
     failed: list[str] = []
 
@@ -238,6 +261,9 @@ def ask_all(
         _say(line)
     spent = {name: value for name, value in asdict(client.spent).items() if value or name in ("calls", "hits")}
     note(calls.store, "runs.jsonl", {"section": section, "model": endpoint.model, **spent})
+    if bill is not None:
+        bill.calls += client.spent.calls
+        bill.cost_usd += client.spent.cost_usd
     if missing:
         missing.sort()
         named = ", ".join(missing[:NAMED_AT_MOST]) + (", ..." if len(missing) > NAMED_AT_MOST else "")
@@ -340,7 +366,9 @@ def _records_in(path: Path) -> Iterator[Any]:
             continue
         try:
             row = json.loads(line)
-            yield from ([row["record"]] if row.get("record") else row.get("records") or [])
+            for part in (row, *(row.get("answers") or [])):
+                yield from ([part["record"]] if part.get("record") else part.get("records") or [])
+                yield from part.get("judged") or []
         except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
             yield None
 

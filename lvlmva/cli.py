@@ -5,10 +5,14 @@ from typing import Any
 import typer
 
 from lvlmva.audit import audit
+from lvlmva.calibrate import calibrate
 from lvlmva.calls import calls
+from lvlmva.check import check
 from lvlmva.check_model import check_model_command
+from lvlmva.explain_sample import explain_sample
 from lvlmva.export import export as export_model
 from lvlmva.gate import gate
+from lvlmva.new import new
 from lvlmva.pipeline import deps
 from lvlmva.preset import preset
 from lvlmva.results import results
@@ -29,8 +33,12 @@ class App(typer.Typer):
 
 app = App(pretty_exceptions_enable=False, no_args_is_help=True)
 app.add_typer(calls, name="calls")
+app.command()(new)
+app.command()(check)
 app.command()(preset)
+app.command()(calibrate)
 app.command()(results)
+app.command("explain")(explain_sample)
 app.command()(sweep)
 app.command()(deps)
 app.command("check-model")(check_model_command)

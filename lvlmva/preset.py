@@ -30,7 +30,7 @@ def preset(
     all_methods) is laid over params.yaml as it is. Its `methods` and `retrained` replace those that are there.
     """
     before = params.read_text(encoding="utf-8") if params.exists() else ""
-    layer = _load(_file(presets, name))
+    layer = read_preset(presets, name)
     content = _load(presets / f"{DEFAULT}.yaml" if "prepare" in layer else params)
     for choice in (key for key in WHOLE if key in layer):
         content[choice] = layer[choice]
@@ -53,6 +53,11 @@ def preset(
             candidate.replace(params)
     finally:
         candidate.unlink(missing_ok=True)
+
+
+def read_preset(presets: Path, name: str) -> Any:
+    """The sections of a preset. Raises InputError where there is none of that name, or it is not YAML."""
+    return _load(_file(presets, name))
 
 
 def _file(presets: Path, name: str) -> Path:

@@ -238,15 +238,45 @@ def verdict_summary(
     of_sample = {record.sample: record for record in records}
     given = [None if of_sample[sample].failure is not None else of_sample[sample].by_region() for sample in ids]
     return {
-        "critic": sorted({record.critic for record in records}),
+        "critic": sorted({name for record in records for name in record.critics()}),
         "judge": sorted({record.judge for record in records}),
         "critic_settings": next((record.settings for record in records if record.settings), {}),
         "samples": len(records),
         "samples_failed": sum(verdict is None for verdict in given),
         "samples_with_true_mask": int(np.sum(known)),
         **({"overlap_of_record": overlap} if known.any() else {}),
+        **answers_against_truth(records, ids, segments, attributions, spurious_masks, known, overlap=overlap),
         **verdicts_against_truth(given, segments, attributions, spurious_masks, known, object_masks),
     }
+
+
+def answers_against_truth(
+    records: "Sequence[VerdictRow]",
+    ids: Sequence[str],
+    segments: np.ndarray,
+    attributions: np.ndarray,
+    spurious_masks: np.ndarray,
+    known: np.ndarray,
+    *,
+    overlap: Overlap,
+) -> dict[str, Any]:
+    """How several answers err, and whether they err together (`votes.error_summary`); {} where there are none.
+
+    Args: as for `verdict_summary`.
+    """
+    from lvlmva_core.lvlm.answers import columns_of, rejections
+    from lvlmva_core.lvlm.votes import error_summary
+
+    places = {sample: place for place, sample in enumerate(ids) if known[place]}
+    several = [record for record in records if record.all_answers() and record.sample in places]
+    if not several:
+        return {}
+    rejected, regions = rejections(several)
+    truths = {
+        sample: overlaps(segments[at], spurious_masks[at], attributions[at], overlap) for sample, at in places.items()
+    }
+    truth = np.array([truths[sample][region] for sample, region in regions], dtype=bool)
+    return {"answers": {"overlap": overlap, **error_summary(rejected, truth, list(columns_of(several)))}}
 
 
 def verdicts_against_truth(

@@ -2,14 +2,13 @@
 
 import io
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from lvlmva_core.regions import MAX_REGIONS, NO_REGION, regions_present
+from lvlmva_core.regions import MAX_REGIONS, NO_REGION, Overlay, regions_present
 
-Overlay = Literal["grey", "colour"]  # how picture (c) is drawn
 SMALLEST_SIDE = 224  # pixels; what is smaller is enlarged before it is shown
 
 

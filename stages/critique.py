@@ -2,16 +2,11 @@
 
 from pathlib import Path
 
-import typer
-
-from lvlmva.ask import criticise_by_model
 from lvlmva.entry import run
 from lvlmva.params import load_params
+from lvlmva.several import criticise_all, needs_truth
 from lvlmva_core.lvlm.cases import read_cases
-from lvlmva_core.lvlm.critic import criticise
-from lvlmva_core.lvlm.offline import CRITICS
 from lvlmva_core.lvlm.records import write_rows
-from lvlmva_core.lvlm.settings import ModelCritic
 
 
 def critique(
@@ -26,16 +21,11 @@ def critique(
     dry_run: bool = False,
 ) -> None:
     """Have the regions of each alignment sample criticised."""
-    config = load_params(params).critique
-    with_truth = config.critic in CRITICS and CRITICS[config.critic].knows_truth
+    loaded = load_params(params)
+    config = loaded.critique
+    with_truth = needs_truth(config)
     cases, class_names = read_cases(images, samples, segments, attributions, spurious_masks, with_truth=with_truth)
-    if isinstance(config, ModelCritic):
-        folder = prompts / config.prompts
-        rows = criticise_by_model(config, cases, class_names, folder, critiques, dry_run=dry_run)
-    elif dry_run:
-        typer.echo(f"critique: '{config.critic}' is a stand-in; nothing to buy", err=True)
-    else:
-        rows = criticise(config, cases)
+    rows = criticise_all(config, loaded.judge, cases, class_names, prompts, critiques, dry_run=dry_run)
     if not dry_run:
         write_rows(critiques, rows)
 

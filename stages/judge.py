@@ -2,15 +2,13 @@
 
 from pathlib import Path
 
-import typer
-
-from lvlmva.ask import judge_by_model
 from lvlmva.entry import run
 from lvlmva.params import load_params
+from lvlmva.several import judge_all
 from lvlmva_core.arrays import write_json
-from lvlmva_core.lvlm.judge import judge_by_stand_in, summarise
+from lvlmva_core.lvlm.answers import summarise_answers
+from lvlmva_core.lvlm.judge import summarise
 from lvlmva_core.lvlm.records import CritiqueRow, read_rows, write_rows
-from lvlmva_core.lvlm.settings import ModelJudge
 
 
 def judge(
@@ -19,15 +17,10 @@ def judge(
     """Turn each critique into one verdict per region."""
     config = load_params(params).judge
     given = read_rows(critiques, CritiqueRow)
-    if isinstance(config, ModelJudge):
-        rows = judge_by_model(config, given, prompts / config.prompts, verdicts, dry_run=dry_run)
-    elif dry_run:
-        typer.echo(f"judge: '{config.judge}' is a stand-in; nothing to buy", err=True)
-    else:
-        rows = judge_by_stand_in(config, given)
+    rows = judge_all(config, given, prompts, verdicts, dry_run=dry_run)
     if not dry_run:
         write_rows(verdicts, rows)
-        write_json(judge_metrics, {"judge": summarise(rows)})
+        write_json(judge_metrics, {"judge": {**summarise(rows), **summarise_answers(given, rows, config.votes)}})
 
 
 if __name__ == "__main__":

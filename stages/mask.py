@@ -19,9 +19,10 @@ def mask(params: Path, segments: Path, verdicts: Path, overrides: Path, masks: P
     label_maps, attrs = read_array(segments, "segments"), read_attrs(segments)
     ids = list(attrs["ids"])
     digests = {sample: segmentation_digest(label_map) for sample, label_map in zip(ids, label_maps, strict=True)}
-    given, failures, judges = {}, {}, set()
+    given, failures, critics, judges = {}, {}, set(), set()
     for row in read_rows(verdicts, VerdictRow):
-        judges.add((row.critic, row.judge))
+        critics |= row.critics()
+        judges.add(row.judge)
         if row.failure is not None:
             failures[row.sample] = row.failure
             continue
@@ -45,8 +46,8 @@ def mask(params: Path, segments: Path, verdicts: Path, overrides: Path, masks: P
         )
     write_arrays(masks, {"masks": result.masks}, {"ids": result.ids, "left_out": result.left_out})
     summary = {
-        "critic": sorted(critic for critic, _ in judges),
-        "judge": sorted(judge for _, judge in judges),
+        "critic": sorted(critics),
+        "judge": sorted(judges),
         "samples": len(result.ids),
         "samples_left_out": len(result.left_out),
         "samples_masked": int(result.masks.any(axis=(1, 2)).sum()),

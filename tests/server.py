@@ -9,10 +9,15 @@ well).
 An answer is paid where it was sent whole under a status of success.
 
     python tests/server.py        prints its port; POST /control {...}, GET /log
+    python tests/server.py --decide tests.kinds:decide
+
+With --decide a function says the Critic's verdict on a region: (model, picture 1, bool mask of the region in it, its
+colour) -> "yes" | "no".
 """
 
 import base64
 import hashlib
+import importlib
 import io
 import json
 import re
@@ -267,19 +272,23 @@ def _pictures(body: dict[str, Any]) -> list[np.ndarray]:
     return [np.asarray(Image.open(io.BytesIO(file)).convert("RGB")) for file in files]
 
 
+def _by_brightness(model: str, image: np.ndarray, inside: np.ndarray, colour: str) -> str:
+    return "yes" if ((image.mean(axis=2) >= 25) & inside).any() else "no"
+
+
+DECIDE = _by_brightness
+
+
 def _critique(body: dict[str, Any]) -> str:
     image, regions, _ = _pictures(body)
-    bright = image.mean(axis=2) >= 25
     distances = [np.linalg.norm(regions.astype(float) - colour, axis=2) for colour in COLOURS.values()]
     nearest = np.array(list(COLOURS))[np.argmin(distances, axis=0)]
-    lines = ["I looked at all three pictures."]
     prompt = body["messages"][0]["content"][0]["text"]
     asked = re.search(r"one flat colour:\s*([a-z, ]+)\.", prompt)
     assert asked
-    for colour in asked[1].split(", "):
-        verdict = "yes" if (bright & (nearest == colour)).any() else "no"
-        lines.append(f"{colour}: {verdict}")
-    return "\n".join(lines)
+    colours = asked[1].split(", ")
+    verdicts = [f"{colour}: {DECIDE(body['model'], image, nearest == colour, colour)}" for colour in colours]
+    return "\n".join(["I looked at all three pictures.", *verdicts])
 
 
 def _verdicts(body: dict[str, Any]) -> str:
@@ -330,6 +339,9 @@ class Server(ThreadingHTTPServer):
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--decide"]:
+        module, _, name = sys.argv[2].partition(":")
+        DECIDE = getattr(importlib.import_module(module), name)
     server = Server(("127.0.0.1", 0), Handler)
     sys.stdout.write(f"{server.server_address[1]}\n")
     sys.stdout.flush()

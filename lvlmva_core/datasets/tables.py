@@ -86,6 +86,11 @@ def read_listed(path: Path, columns: Mapping[str, str | bool | None]) -> Listed:
     return Listed(table, where, notes)
 
 
+def read_cells(path: Path) -> pd.DataFrame:
+    """All cells of a table as text, under their header. Raises InputError where it cannot be read."""
+    return _rows(path)[0]
+
+
 def listed_tree(root: Path) -> Listed:
     """Class folders as torchvision's ImageFolder reads them, below folders of the splits where these are there.
 

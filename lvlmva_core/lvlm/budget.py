@@ -103,6 +103,7 @@ class Budget:
         self.endpoint = endpoint
         self.section = section
         self.spent = Spent()
+        self.earlier = Spent()  # by other critics in this run; counts against the limits
         self._in_flight: dict[int, int] = {}  # estimated input tokens of each request
         self._next = 0
         self._input_ratio = 1.0  # the most that an answer's input took, of what was estimated
@@ -122,8 +123,8 @@ class Budget:
             reserved = worst  # of the first alone without the factor, so that a small budget can be used
             if self._in_flight:
                 reserved = factor * (worst + sum(map(self._worst, self._in_flight.values())))
-            full = self.spent.calls + len(self._in_flight) >= limits.max_calls
-            dear = self.spent.cost_usd + reserved > limits.max_cost_usd and reserved > 0
+            full = self.earlier.calls + self.spent.calls + len(self._in_flight) >= limits.max_calls
+            dear = self.earlier.cost_usd + self.spent.cost_usd + reserved > limits.max_cost_usd and reserved > 0
             if not full and not dear:
                 break
             if not self._in_flight:
@@ -169,8 +170,13 @@ class Budget:
 
     def _stop(self, reason: str, name: str) -> None:
         raise BudgetSpentError(
-            f"stopped after {self.spent.calls} new calls and {self.spent.cost_usd:.4f} USD: {reason}; all answers are "
-            f"kept; raise {self.section}.{name} and repeat the command to go on"
+            f"stopped after {self.spent.calls} new calls and {self.spent.cost_usd:.4f} USD"
+            + (
+                f" (and {self.earlier.calls} and {self.earlier.cost_usd:.4f} USD by the critics before)"
+                if self.earlier.calls
+                else ""
+            )
+            + f": {reason}; all answers are kept; raise {self.section}.{name} and repeat the command to go on"
         )
 
 

@@ -20,8 +20,8 @@ from lvlmva_core.lvlm.offline import CRITICS
 from lvlmva_core.lvlm.prompts import Prompts
 from lvlmva_core.lvlm.records import NO_CRITIQUE, CritiqueRow, Region
 from lvlmva_core.lvlm.settings import Endpoint, ModelCritic, StandInCritic
-from lvlmva_core.regions import regions_present
-from lvlmva_core.render import COLOUR_NAMES, Overlay, render_image, render_overlay, render_segmentation
+from lvlmva_core.regions import Overlay, regions_present
+from lvlmva_core.render import COLOUR_NAMES, render_image, render_overlay, render_segmentation
 
 
 def critic_call(

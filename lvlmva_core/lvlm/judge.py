@@ -370,7 +370,7 @@ def summarise(rows: Sequence[VerdictRow]) -> dict[str, Any]:
     verdicts = Counter(each.verdict for row in rows for each in row.verdicts)
     failures = Counter(row.failure for row in rows if row.failure is not None)
     return {
-        "critic": sorted({row.critic for row in rows}),
+        "critic": sorted({name for row in rows for name in row.critics()}),
         "critic_settings": rows[0].settings if rows else {},
         "judge": sorted({row.judge for row in rows}),
         "samples": len(rows),

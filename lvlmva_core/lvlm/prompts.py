@@ -1,4 +1,8 @@
-"""Prompts from files: one folder per data set with critic.j2, judge.j2 and specification.yaml."""
+"""Prompts from files: one folder per data set with specification.yaml, and critic.j2 and judge.j2.
+
+A template that a folder lacks is the one of the folder `generic` beside it, so that a new data set needs no more than
+its specification.
+"""
 
 import hashlib
 from dataclasses import dataclass
@@ -11,6 +15,7 @@ from lvlmva_core.errors import InputError
 
 CRITIC_FILES = ("critic.j2", "specification.yaml")
 JUDGE_FILES = ("judge.j2",)
+SHARED = "generic"  # the folder whose templates stand in for those that another lacks
 
 
 def _said(text: str) -> str:
@@ -74,12 +79,18 @@ def load_critic_prompts(folder: Path, class_names: list[str]) -> Prompts:
         raise InputError(
             f"{folder / 'specification.yaml'}: no description for the class '{missing[0]}'; add it under 'classes'"
         )
-    return _prompts(folder / "critic.j2", specification, prompts_digest(folder, *CRITIC_FILES))
+    return _prompts(template_of(folder, "critic.j2"), specification, prompts_digest(folder, *CRITIC_FILES))
 
 
 def load_judge_prompts(folder: Path) -> Prompts:
     """Read judge.j2. Raises InputError where it is missing."""
-    return _prompts(folder / "judge.j2", None, prompts_digest(folder, *JUDGE_FILES))
+    return _prompts(template_of(folder, "judge.j2"), None, prompts_digest(folder, *JUDGE_FILES))
+
+
+def template_of(folder: Path, name: str) -> Path:
+    """The file of a template: the folder's own, else that of the folder `generic` beside it."""
+    shared = folder.parent / SHARED / name
+    return folder / name if (folder / name).exists() or not shared.exists() else shared
 
 
 def _prompts(file: Path, specification: Specification | None, digest: str) -> Prompts:
@@ -114,8 +125,9 @@ def _load_specification(file: Path) -> Specification:
 
 
 def prompts_digest(folder: Path, *names: str) -> str:
-    """sha256 over files of a folder of prompts. Raises InputError where one is missing."""
-    return hashlib.sha256(b"".join(_read(folder / name).encode() + b"\0" for name in names)).hexdigest()
+    """sha256 over the files that a folder of prompts stands for. Raises InputError where one is missing."""
+    files = [template_of(folder, name) if name.endswith(".j2") else folder / name for name in names]
+    return hashlib.sha256(b"".join(_read(file).encode() + b"\0" for file in files)).hexdigest()
 
 
 def _read(file: Path) -> str:

@@ -1,7 +1,7 @@
 """Rows of critiques.jsonl and verdicts.jsonl: JSON lines, sorted by sample, the same bytes for the same content."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -25,9 +25,56 @@ class Region(BaseModel):
 
 
 class Verdict(Region):
-    """yes: the region is relevant; no: it is spurious or irrelevant."""
+    """yes: the region is relevant; no: it is spurious or irrelevant.
+
+    certainty: where several answers voted, the share of votes for this verdict.
+    """
 
     verdict: Literal["yes", "no"]
+    certainty: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+
+
+class Answer(BaseModel):
+    """One of several answers about a sample.
+
+    place: 0 for the critic of the section, then 1, 2, ... for the further ones. index: of the critic's answers.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    place: Annotated[int, Field(ge=0)]
+    index: Annotated[int, Field(ge=0)]
+    critic: Text
+    settings: dict[str, Any]
+    failure: Text | None
+
+
+class CritiqueAnswer(Answer):
+    """A critique. judged: calls to the Judge by which a cascade decided whether to ask further."""
+
+    critique: Text | None
+    record: Record | None
+    judged: list[Record] = Field(default_factory=list)
+
+
+class JudgedAnswer(Answer):
+    """Verdicts of a critique, region -> "yes" | "no", none after a failure; records: the Judge's calls."""
+
+    verdicts: dict[str, Literal["yes", "no"]]
+    records: list[Record]
+
+    def by_region(self) -> dict[int, str]:
+        """Region -> "yes" | "no"."""
+        return {int(region): verdict for region, verdict in self.verdicts.items()}
+
+
+AnyAnswer = TypeVar("AnyAnswer", bound=Answer)
+
+
+def deciding(answers: Sequence[AnyAnswer], further: Sequence[str]) -> list[AnyAnswer]:
+    """The answers that vote: all, or where a cascade asked further (reasons), those of the last critic."""
+    last = max((each.place for each in answers), default=0)
+    return [each for each in answers if not further or each.place == last]
 
 
 class Row(BaseModel):
@@ -45,15 +92,34 @@ class Row(BaseModel):
     critic: Text
     settings: dict[str, Any]
     failure: Text | None
+    further: list[Literal["disagreement", "failure", "reliance"]] = Field(default_factory=list)
+
+    def all_answers(self) -> Sequence[Answer]:
+        """Several answers, or none where one was asked for."""
+        return ()
+
+    def critics(self) -> set[str]:
+        """The names of all who criticised the sample."""
+        return {each.critic for each in self.all_answers()} or {self.critic}
 
 
 class CritiqueRow(Row):
-    """A critique. record: the call that it came from; None for stand-ins and failures."""
+    """A critique. record: the call that it came from; None for stand-ins and failures.
+
+    answers: where several were asked for, all of them; `critique` is the first usable one of those that decide, and
+    `record` None. least_answers: how many of these must be usable.
+    """
 
     regions: list[Region]
     class_name: str
     critique: Text | None
     record: Record | None
+    answers: list[CritiqueAnswer] = Field(default_factory=list)
+    least_answers: Annotated[int, Field(ge=1)] = 1
+
+    def all_answers(self) -> Sequence[CritiqueAnswer]:
+        """Several answers, or none where one was asked for."""
+        return self.answers
 
     @model_validator(mode="after")
     def _a_critique_or_a_failure(self) -> "CritiqueRow":
@@ -63,11 +129,19 @@ class CritiqueRow(Row):
 
 
 class VerdictRow(Row):
-    """Verdicts of a critique's regions, each once. records: the calls that they came from, all attempts in order."""
+    """Verdicts of a critique's regions, each once. records: the calls that they came from, all attempts in order.
+
+    answers: where several were asked for, what each was judged to say; `verdicts` are their votes, and `records` empty.
+    """
 
     judge: Text
     verdicts: list[Verdict]
     records: list[Record]
+    answers: list[JudgedAnswer] = Field(default_factory=list)
+
+    def all_answers(self) -> Sequence[JudgedAnswer]:
+        """Several answers, or none where one was asked for."""
+        return self.answers
 
     @model_validator(mode="after")
     def _verdicts_or_a_failure(self) -> "VerdictRow":

@@ -6,8 +6,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from lvlmva_core.regions import Overlap
-from lvlmva_core.render import Overlay
+from lvlmva_core.regions import Overlap, Overlay
 from lvlmva_core.settings import Count, NonNegative, Positive, Seed, Settings, Share
 
 _CREDENTIALS = ("api_key", "apikey", "api-key", "authorization", "secret", "password")
@@ -118,14 +117,77 @@ class Endpoint(Settings):
 Folder = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
 
 
-class StandInCritic(Settings):
+class Cascade(Settings):
+    """Which samples the last of several critics, the expensive one, is asked about; its answers alone decide there.
+
+    disagreement: those whose other answers give a region different verdicts, or of which one is missing.
+    reliance_above: those with a region that holds more than this share of the positive attribution; null: not asked.
+    """
+
+    disagreement: bool = True
+    reliance_above: Share | None = None
+
+
+class Several(Settings):
+    """More than one answer (an extension).
+
+    critics: further critics, each a section like this one, with the prompts of this one. least_answers: usable answers
+    that a sample needs; null: all that it was asked for.
+    """
+
+    prompts: Folder
+    critics: list["Critique"] = Field(default_factory=list)
+    least_answers: Count | None = None
+    cascade: Cascade | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _further_critics_share_the_prompts(cls, content: Any) -> Any:
+        if not isinstance(content, dict) or not isinstance(content.get("critics"), list):
+            return content
+        for number, each in enumerate(content["critics"]):
+            for key in ("prompts", "critics", "least_answers", "cascade"):
+                if isinstance(each, dict) and key in each:
+                    raise ValueError(f"critics[{number}].{key} belongs to the section critique itself; remove it there")
+        shared = {"prompts": content.get("prompts")}
+        critics = [{**each, **shared} if isinstance(each, dict) else each for each in content["critics"]]
+        return {**content, "critics": critics}
+
+    @model_validator(mode="after")
+    def _answers_are_enough(self) -> "Several":
+        asked = [each.answers() for each in self.all_critics()]
+        if self.least_answers is not None and self.least_answers > sum(asked):
+            raise ValueError(f"least_answers = {self.least_answers}, but {sum(asked)} answers are asked for")
+        if self.cascade is None:
+            return self
+        if not self.critics:
+            raise ValueError("cascade needs a further critic in `critics`, the expensive one, which comes last")
+        if self.cascade.disagreement and sum(asked[:-1]) < 2 and self.cascade.reliance_above is None:
+            raise ValueError("cascade: one answer cannot disagree; set samples: 2 or more, or cascade.reliance_above")
+        if not self.cascade.disagreement and self.cascade.reliance_above is None:
+            raise ValueError("cascade asks about no sample; set disagreement or reliance_above")
+        return self
+
+    def answers(self) -> int:
+        """How many answers this critic gives to a sample."""
+        return getattr(self, "samples", 1)
+
+    def all_critics(self) -> list[Any]:
+        """This critic and the further ones, in order."""
+        return [self, *self.critics]
+
+    def one_answer(self) -> bool:
+        """Whether a sample gets one answer, as in the paper."""
+        return self.answers() == 1 and not self.critics
+
+
+class StandInCritic(Several):
     """A critic without a model that looks at picture and regions only: a name in `lvlmva_core.lvlm.offline.CRITICS`.
 
     prompts: folder of prompts/ (which DVC tracks whoever criticises).
     """
 
     critic: str
-    prompts: Folder
 
     @model_validator(mode="after")
     def _is_known(self) -> "StandInCritic":
@@ -147,15 +209,16 @@ class OracleCritic(StandInCritic):
     seed: Seed = 0
 
 
-class ModelCritic(Settings):
+class ModelCritic(Several):
     """A vision-language model, or (replay) only what it is known to have said.
 
-    max_attempts: answers that may be bought for a sample over all runs, until one is usable. asked_again: how often
+    samples: answers to each sample. max_attempts: answers that may be bought for each of them over all runs, until one
+    is usable. asked_again: how often
     `lvlmva calls retry` had failed samples asked anew; read by DVC alone.
     """
 
     critic: Literal["model", "replay"]
-    prompts: Folder
+    samples: Annotated[int, Field(ge=1, le=32)] = 1
     name_spurious_feature: bool = False
     overlay: Overlay = "grey"
     max_attempts: Annotated[int, Field(ge=1, le=10)] = 3
@@ -164,7 +227,13 @@ class ModelCritic(Settings):
     endpoint: Endpoint
 
 
-class StandInJudge(Settings):
+class _JudgeOfVotes(Settings):
+    """votes: what several answers make of a region (an extension): "no" where more than half say so, or all."""
+
+    votes: Literal["majority", "unanimous"] = "majority"
+
+
+class StandInJudge(_JudgeOfVotes):
     """A judge without a model, which reads the stand-ins' prose: a name in `lvlmva_core.lvlm.offline.JUDGES`."""
 
     judge: str
@@ -179,7 +248,7 @@ class StandInJudge(Settings):
         return self
 
 
-class ModelJudge(Settings):
+class ModelJudge(_JudgeOfVotes):
     """A language model, or (replay) only what it is known to have said.
 
     max_attempts: answers that one run may buy for a sample, until one is valid. asked_again: as for the critic.
@@ -234,3 +303,6 @@ Judge = Annotated[
     Discriminator(lambda content: _kind("judge", _JUDGES, content)),
     BeforeValidator(lambda content: _choose("judge", _JUDGES, content)),
 ]
+
+for _section in (StandInCritic, OracleCritic, ModelCritic):
+    _section.model_rebuild()

@@ -58,10 +58,11 @@ class Server:
 
 
 @contextmanager
-def running_server() -> Iterator[Server]:
-    """Start a server process and end it afterwards."""
-    command = [sys.executable, str(ROOT / "tests" / "server.py")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+def running_server(*arguments: str) -> Iterator[Server]:
+    """Start a server process, with arguments for its command line, and end it afterwards."""
+    command = [sys.executable, str(ROOT / "tests" / "server.py"), *arguments]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=variables) as process:
         assert process.stdout is not None
         try:
             yield Server(int(process.stdout.readline()))

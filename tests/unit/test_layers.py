@@ -18,7 +18,7 @@ LAYERS = [
     ["attribution", "attribution_methods", "attribution_maps"],
     ["segmentation", "segmenters", "segmentations", "render"],
     ["lvlm"],
-    ["masks", "controls"],
+    ["masks", "controls", "planting", "calibration"],
     ["metrics"],
     ["alignment", "baselines"],
     ["outputs", "evaluation", "classifier_check", "export", "audit"],
