@@ -4,6 +4,7 @@ from typing import Any
 
 import typer
 
+from lvlmva.audit import audit
 from lvlmva.calibrate import calibrate
 from lvlmva.calls import calls
 from lvlmva.check import check
@@ -43,6 +44,7 @@ app.command()(deps)
 app.command("check-model")(check_model_command)
 app.command("export")(export_model)
 app.command()(gate)
+app.command()(audit)
 
 if __name__ == "__main__":
     app()

@@ -177,3 +177,15 @@ def contact_sheet(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], g
     for k, title in enumerate(titles):
         ImageDraw.Draw(canvas).text((gap + k * (width + gap), gap), title, fill=(0, 0, 0))
     return np.array(canvas)
+
+
+def render_region(image: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """A picture with all but one region faded to pale grey, and the region outlined: uint8 (H', W', 3), enlarged.
+
+    image: uint8 (C, H, W) with C in {1, 3}, or (H, W). inside: bool (H, W).
+    """
+    rgb = _as_rgb(image)
+    grey = rgb.astype(np.float64) @ np.array([0.299, 0.587, 0.114])
+    faded = np.rint(0.45 * grey + 0.55 * 200)[..., None]
+    shown = np.where(inside[..., None], rgb, faded).astype(np.uint8)
+    return _draw_outlines(enlarge(shown), enlarge(inside.astype(np.uint8)))

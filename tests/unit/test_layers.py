@@ -21,7 +21,7 @@ LAYERS = [
     ["masks", "controls", "planting", "calibration"],
     ["metrics"],
     ["alignment", "baselines"],
-    ["outputs", "evaluation", "classifier_check", "export"],
+    ["outputs", "evaluation", "classifier_check", "export", "audit"],
     ["comparison"],
     ["methods"],
     ["report"],
