@@ -24,6 +24,7 @@ def critique(
     prompts: Path,
     critiques: Path,
     dry_run: bool = False,
+    export_batch: Path | None = None,
 ) -> None:
     """Have the regions of each alignment sample criticised."""
     config = load_params(params).critique
@@ -31,12 +32,12 @@ def critique(
     cases, class_names = read_cases(images, samples, segments, attributions, spurious_masks, with_truth=with_truth)
     if isinstance(config, ModelCritic):
         folder = prompts / config.prompts
-        rows = criticise_by_model(config, cases, class_names, folder, critiques, dry_run=dry_run)
-    elif dry_run:
+        rows = criticise_by_model(config, cases, class_names, folder, critiques, dry_run=dry_run, batch=export_batch)
+    elif dry_run or export_batch:
         typer.echo(f"critique: '{config.critic}' is a stand-in; nothing to buy", err=True)
     else:
         rows = criticise(config, cases)
-    if not dry_run:
+    if not (dry_run or export_batch):
         write_rows(critiques, rows)
 
 

@@ -14,18 +14,24 @@ from lvlmva_core.lvlm.settings import ModelJudge
 
 
 def judge(
-    params: Path, critiques: Path, prompts: Path, verdicts: Path, judge_metrics: Path, dry_run: bool = False
+    params: Path,
+    critiques: Path,
+    prompts: Path,
+    verdicts: Path,
+    judge_metrics: Path,
+    dry_run: bool = False,
+    export_batch: Path | None = None,
 ) -> None:
     """Turn each critique into one verdict per region."""
     config = load_params(params).judge
     given = read_rows(critiques, CritiqueRow)
     if isinstance(config, ModelJudge):
-        rows = judge_by_model(config, given, prompts / config.prompts, verdicts, dry_run=dry_run)
-    elif dry_run:
+        rows = judge_by_model(config, given, prompts / config.prompts, verdicts, dry_run=dry_run, batch=export_batch)
+    elif dry_run or export_batch:
         typer.echo(f"judge: '{config.judge}' is a stand-in; nothing to buy", err=True)
     else:
         rows = judge_by_stand_in(config, given)
-    if not dry_run:
+    if not (dry_run or export_batch):
         write_rows(verdicts, rows)
         write_json(judge_metrics, {"judge": summarise(rows)})
 
