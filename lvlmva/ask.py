@@ -111,7 +111,13 @@ def criticise_by_model(
 
 
 def judge_by_model(
-    config: ModelJudge, critiques: Sequence[CritiqueRow], folder: Path, out: Path, *, dry_run: bool, batch: Path | None = None
+    config: ModelJudge,
+    critiques: Sequence[CritiqueRow],
+    folder: Path,
+    out: Path,
+    *,
+    dry_run: bool,
+    batch: Path | None = None,
 ) -> list[VerdictRow]:
     """Rows of a model's verdicts on critiques that have one; none after a dry run or an export to `batch`."""
     prompts = load_judge_prompts(folder)
@@ -289,7 +295,11 @@ def ask_all(
 
 
 async def _look_up(
-    work: Callable[[Client, T, Question], Awaitable[S]], items: Sequence[T], survey: "_Survey", client: Client, place: int
+    work: Callable[[Client, T, Question], Awaitable[S]],
+    items: Sequence[T],
+    survey: "_Survey",
+    client: Client,
+    place: int,
 ) -> None:
     with contextlib.suppress(NotInStoreError, CallFailedError):
         await work(client, items[place], survey.questions[place])

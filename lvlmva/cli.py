@@ -4,6 +4,7 @@ from typing import Any
 
 import typer
 
+from lvlmva.batches import batches
 from lvlmva.calls import calls
 from lvlmva.pipeline import deps
 from lvlmva.preset import preset
@@ -24,6 +25,7 @@ class App(typer.Typer):
 
 
 app = App(pretty_exceptions_enable=False, no_args_is_help=True)
+calls.add_typer(batches)
 app.add_typer(calls, name="calls")
 app.command()(preset)
 app.command()(results)

@@ -5,7 +5,6 @@ ledger in the store says which keys are in which batch. It is written before any
 its own digest as metadata: whatever was killed in between, the batch is found again by listing and never sent twice.
 """
 
-import asyncio
 import hashlib
 import json
 import math
@@ -13,7 +12,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -535,10 +534,21 @@ def _parse(content: bytes, api_key: str) -> tuple[str, int, Any, Any]:
     return line["custom_id"], number, body, line.get("error")
 
 
-async def submit_all(host: Host, store: Store, batches: Sequence[tuple[Batch, Path]]) -> AsyncIterator[Batch]:
-    """Submit one after the other; each entry as soon as it is noted."""
-    for batch, file in batches:
-        yield await host.submit(store, batch, file)
+def key_of(line: bytes) -> str:
+    """The call that a line of results is about, "" where it is none."""
+    return _parse(line, "")[0]
+
+
+def is_settled(batch: Batch, results: Results) -> bool:
+    """Whether results from a file end a batch: it was never sent to a host, or all its calls have a line."""
+    return batch.state == "exported" or not results.counts["lost"]
+
+
+@contextmanager
+def submitting_alone(store: Store) -> Iterator[None]:
+    """Keep other processes from submitting or taking results in meanwhile."""
+    with store.lock(LEDGER, _WHOLE_LEDGER):
+        yield
 
 
 def read_lines(file: Path) -> Iterator[bytes]:

@@ -179,9 +179,7 @@ def open_openai(endpoint: Endpoint, api_key: str) -> Any:
         trust_env=not is_loopback(endpoint),
         event_hooks={"request": [only_our_headers], "response": [_as_utf8]},
     )
-    return openai.AsyncOpenAI(
-        api_key=api_key or _NO_KEY, base_url=endpoint.base_url, max_retries=0, http_client=http
-    )
+    return openai.AsyncOpenAI(api_key=api_key or _NO_KEY, base_url=endpoint.base_url, max_retries=0, http_client=http)
 
 
 def backoff_s(attempt: int, asked_s: float | None, chance: float) -> float:
