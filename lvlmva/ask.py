@@ -72,6 +72,7 @@ def criticise_by_model(
             case.picture,
             case.segments,
             name_spurious_feature=named,
+            overlay=config.overlay,
             index=index,
         )
 
@@ -102,7 +103,7 @@ def criticise_by_model(
     )
     if results is None:
         return []
-    settings = {"name_spurious_feature": named, "prompt": prompts.digest}
+    settings = {"name_spurious_feature": named, "overlay": config.overlay, "prompt": prompts.digest}
     found = dict(zip((case.sample for case in asked), results, strict=True))
     return [
         row_of_answer(case, config, settings if case.sample in found else {}, found.get(case.sample, ""))

@@ -6,6 +6,9 @@ import typer
 
 from lvlmva.batches import batches
 from lvlmva.calls import calls
+from lvlmva.check_model import check_model_command
+from lvlmva.export import export as export_model
+from lvlmva.gate import gate
 from lvlmva.pipeline import deps
 from lvlmva.preset import preset
 from lvlmva.results import results
@@ -31,6 +34,9 @@ app.command()(preset)
 app.command()(results)
 app.command()(sweep)
 app.command()(deps)
+app.command("check-model")(check_model_command)
+app.command("export")(export_model)
+app.command()(gate)
 
 if __name__ == "__main__":
     app()

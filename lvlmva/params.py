@@ -12,11 +12,13 @@ from lvlmva_core.attribution_methods import AttributionMethod
 from lvlmva_core.comparison import SUBJECT
 from lvlmva_core.datasets.registry import Prepare
 from lvlmva_core.errors import InputError
+from lvlmva_core.exchange_settings import Exchange
 from lvlmva_core.lvlm.settings import Critique, Judge
 from lvlmva_core.methods import METHODS
 from lvlmva_core.regions import Overlap
 from lvlmva_core.segmenters import Segmenter
-from lvlmva_core.settings import Choice, Count, NonNegative, Positive, Seed, Settings, Share
+from lvlmva_core.settings import Choice, Count, Seed, Settings, Share
+from lvlmva_core.train_settings import Train
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
@@ -26,19 +28,6 @@ class Compute(Settings):
 
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")]
     threads: Count
-
-
-class Train(Settings):
-    """Cross-entropy training of the base model."""
-
-    model: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
-    weights: str | None = None
-    hidden: Count
-    learning_rate: Positive
-    weight_decay: NonNegative = 0.0
-    batch_size: Count
-    epochs: Count
-    seed: Seed
 
 
 class Rank(Settings):
@@ -89,6 +78,7 @@ class Params(Settings):
     rank: Rank
     attribute: AttributionMethod
     segment: Segmenter
+    exchange: Exchange
     critique: Critique
     judge: Judge
     mask: Mask
@@ -121,7 +111,8 @@ class Params(Settings):
                     f"(rank.n_samples = {self.rank.n_samples}); lower it in align"
                 )
             chosen[name] = settings
-        known = {**self.train.model_dump(), "seeds": self.align.seeds}
+        trained = self.train.model_dump()
+        known = {**{key: value for key, value in trained.items() if value is not None}, "seeds": self.align.seeds}
         for name, own in self.retrained.items():
             _check_method("retrained", name, "retrained")
             section: type[Settings] = importlib.import_module(f"lvlmva_core.baselines.{name}").Settings
@@ -224,11 +215,11 @@ def _explain(error: ValidationError, section: type[Settings], place: str) -> str
         remedy = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(known)}"
         return f"unknown key '{key}'; {remedy}{more}"
     if first["type"] == "union_tag_invalid":  # the key that says which of several kinds of section this is
-        tag = first["ctx"]["discriminator"].strip("'")
+        tag = first["ctx"]["discriminator"].split(" | ")[-1].strip("'")  # an alias comes last
         tags = [name.strip("'") for name in first["ctx"]["expected_tags"].split(", ")]
         return f"'{key}.{tag}' = {first['ctx']['tag']!r}: expected one of {', '.join(tags)}{more}"
     if first["type"] == "union_tag_not_found":
-        tag = first["ctx"]["discriminator"].strip("'")
+        tag = first["ctx"]["discriminator"].split(" | ")[-1].strip("'")  # an alias comes last
         return f"key '{key}.{tag}' is missing; add it (see presets/ for a complete file){more}"
     if first["type"] == "missing":
         return f"key '{key}' is missing; add it (see presets/ for a complete file){more}"
@@ -268,7 +259,9 @@ def _names_of(model: Any) -> list[Any]:
 
 
 def _keys_of(model: Any) -> list[str]:
-    return model.known_keys() if issubclass(model, Choice) else list(model.model_fields)
+    if issubclass(model, Choice):
+        return list(model.known_keys())
+    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def _models_in(annotation: Any) -> list[Any]:

@@ -1,7 +1,6 @@
 """Attribution maps of an alignment set: what each is kept under, how they are computed, checked and counted."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +41,7 @@ def map_keys(
             "method": method.method,
             "version": method.version,
             "settings": {name: getattr(method, name) for name in method.decisive},
-            "model": asdict(spec),
+            "model": spec.facts(),
             "weights": weights_digest(model),
             "baselines": baselines.cpu().numpy(),
         }

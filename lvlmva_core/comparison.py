@@ -10,11 +10,18 @@ import numpy as np
 import pandas as pd
 
 from lvlmva_core.errors import InputError
-from lvlmva_core.metrics import METRICS, Measured, entropy_auroc, group_accuracies, verdict_quality
+from lvlmva_core.metrics import (
+    METRICS,
+    Measured,
+    entropy_auroc,
+    group_accuracies,
+    reliance_on_rejected,
+    verdict_quality,
+)
 from lvlmva_core.outputs import BASE, Outputs
 from lvlmva_core.regions import ON_OBJECT, Overlap, overlaps
 from lvlmva_core.samples import groups_known
-from lvlmva_core.statistics import mean_and_std, wilcoxon_test
+from lvlmva_core.statistics import bootstrap_interval, mean_and_std, wilcoxon_test
 
 if TYPE_CHECKING:
     from lvlmva_core.lvlm.records import VerdictRow
@@ -65,6 +72,7 @@ def measure(
                     shares,
                     maps,
                     masks,
+                    found.exchanged[:, place] if found.exchange_ids else None,
                 )
                 of_model |= _values(measured, split)
                 if measured.spurious is not None and split == "test":
@@ -75,6 +83,52 @@ def measure(
                     of_model |= _robustness(corrupted, measured.labels, of_model["test.accuracy"])
             values[method][seed] = of_model
     return values, pd.concat(groups, ignore_index=True) if groups else pd.DataFrame(columns=GROUP_COLUMNS)
+
+
+def reliance_intervals(outputs: Mapping[str, Outputs], seed: int = 0) -> dict[str, Any]:
+    """Each method's reliance on what was rejected (an extension): the mean of its seeds' models, and the 95 % bootstrap
+    interval over pictures, which says nothing of the spread over seeds; {} where nothing was rejected."""
+
+    def mean_of_models(rows: np.ndarray) -> float:
+        return float(np.mean([reliance_on_rejected(rows[:, place]) for place in range(rows.shape[1])]))
+
+    intervals = {}
+    for method, found in outputs.items():
+        if found.exchange_ids:
+            low, high = bootstrap_interval(found.exchanged, mean_of_models, seed=seed)
+            value = mean_of_models(found.exchanged)
+            intervals[method] = {"value": value, "low": low, "high": high, "pictures": len(found.exchange_ids)}
+    return intervals
+
+
+def intervals_of(found: Outputs, place: int, samples: pd.DataFrame, seed: int = 0) -> dict[str, tuple[float, ...]]:
+    """One model's accuracy, AGA, WGA and reliance on the split `test`: metric -> (value, low, high), the 95 % bootstrap
+    interval over pictures. AGA and WGA only where some pictures have the spurious feature and some do not.
+
+    Args:
+        place: of the model among `found.seeds`. samples: the sample table.
+    """
+    rows = samples[samples["split"].str.startswith("test")]
+    test = (rows["split"] == "test").to_numpy()
+    labels = rows["label"].to_numpy()[test]
+    right = found.predictions()[test, place] == labels
+    measures: dict[str, tuple[np.ndarray, Any]] = {"accuracy": (right, lambda drawn: float(drawn.mean()))}
+    if groups_known(samples) and rows["spurious"][test].nunique() == 2:
+        spurious = rows["spurious"].to_numpy()[test].astype(bool)
+        columns = np.stack([right, labels, spurious], axis=1)
+        for name, of_groups in (("AGA", np.mean), ("WGA", np.min)):
+            measures[name] = (columns, lambda drawn, of_groups=of_groups: float(of_groups(_group_means(drawn))))
+    if found.exchange_ids:
+        measures["reliance"] = (found.exchanged[:, place], reliance_on_rejected)
+    return {n: (of(taken), *bootstrap_interval(taken, of, seed=seed)) for n, (taken, of) in measures.items()}
+
+
+def _group_means(rows: np.ndarray) -> np.ndarray:
+    """Accuracy of each group that occurs; rows (n, 3) of right, label, spurious."""
+    group = rows[:, 1].astype(int) * 2 + rows[:, 2].astype(int)
+    counts = np.bincount(group)
+    sums: np.ndarray = np.bincount(group, weights=rows[:, 0])
+    return sums[counts > 0] / counts[counts > 0]
 
 
 def _places(rows: pd.DataFrame) -> dict[str, np.ndarray]:

@@ -80,6 +80,21 @@ def alignment_score(attributions: ArrayLike, spurious_masks: ArrayLike) -> float
     return float(1 - np.mean((magnitude * masks).sum(axis=(1, 2))[counted] / total[counted]))
 
 
+def reliance_on_rejected(exchanged: ArrayLike) -> float:
+    """How much a model relies on what was rejected (an extension): 0 = not at all; scale-free.
+
+    The fall of the true class's logit when rejected content of other classes is put into a picture, less the fall when
+    the same places are filled from its own class, as a share of the logit's typical size (root mean square).
+
+    Args:
+        exchanged: (n, 3), of each held-out picture the centred logit of its class: as it is, with rejected content, and
+            filled from its own class (`lvlmva_core.exchange.run_trial`).
+    """
+    before, rejected, filled = np.asarray(exchanged, dtype=np.float64).T
+    scale = np.sqrt((before**2).mean())
+    return float((filled - rejected).mean() / scale) if scale > 0 else 0.0
+
+
 def verdict_quality(judged_spurious: Sequence[bool], overlapping: Sequence[bool]) -> dict[str, float | int | None]:
     """Precision and recall of verdicts over regions (LVLM-VA §5.4 calls both "verdict accuracy").
 
@@ -135,6 +150,7 @@ class Measured:
     predictions, labels: int (N,). spurious: bool (N,), None where groups are not known. groups: (N,) names.
     training_shares: a group's name -> its share of the training split.
     maps, masks: attributions float (n, H, W) and true spurious masks bool (n, H, W) of some of the samples, or None.
+    exchanged: float (n, 3) as `reliance_on_rejected` takes it, or None.
     """
 
     predictions: np.ndarray
@@ -144,6 +160,7 @@ class Measured:
     training_shares: pd.Series
     maps: np.ndarray | None
     masks: np.ndarray | None
+    exchanged: np.ndarray | None = None
 
 
 class Metric(NamedTuple):
@@ -210,3 +227,9 @@ def accuracy_weighted_by_training_groups(of: Measured) -> float | None:
 def mu_align(of: Measured) -> float | None:
     """`alignment_score`; None where no true mask is known."""
     return None if of.maps is None or of.masks is None else alignment_score(of.maps, of.masks)
+
+
+@metric("reliance", tested=True)
+def reliance(of: Measured) -> float | None:
+    """`reliance_on_rejected`; None where nothing was rejected. An extension; needs no label for the shortcut."""
+    return None if of.exchanged is None else reliance_on_rejected(of.exchanged)

@@ -9,7 +9,7 @@ import numpy as np
 
 from lvlmva_core.errors import InputError
 
-FORMAT = 1
+FORMAT = 2
 BASE = "base"  # the method that is the base model itself; its only seed is ""
 
 
@@ -22,6 +22,8 @@ class Outputs:
         float32 (n, S, H, W); none where no true mask is known.
     corrupted: name -> predicted class of the split `test` at severities 1, 2, ...: int16 (N_test, S, severities).
     features: float32 (N_test, D), what the first model's last layer sees of the split `test`.
+    exchange_ids, exchanged: samples that rejected content was put into, and what became of the logit of their class,
+        float32 (n, S, 3) (`lvlmva_core.exchange.run_trial`); none where nothing was rejected.
     """
 
     seeds: list[str]
@@ -31,6 +33,8 @@ class Outputs:
     maps: np.ndarray
     corrupted: Mapping[str, np.ndarray]
     features: np.ndarray
+    exchange_ids: list[str]
+    exchanged: np.ndarray
 
     def predictions(self) -> np.ndarray:
         """Class with the highest logit, int64 (N, S)."""
@@ -43,8 +47,10 @@ def write_outputs(path: Path, outputs: Outputs) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {"logits": outputs.logits, "maps": outputs.maps, "features": outputs.features}
+    tensors["exchanged"] = outputs.exchanged
     tensors |= {f"corrupted.{name}": predicted for name, predicted in outputs.corrupted.items()}
     facts = {"format": FORMAT, "seeds": outputs.seeds, "ids": outputs.ids, "map_ids": outputs.map_ids}
+    facts["exchange_ids"] = outputs.exchange_ids
     content = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     # one key: safetensors writes several in random order
     save_file(content, str(path), metadata={"lvlmva": json.dumps(facts, sort_keys=True)})
@@ -72,4 +78,6 @@ def read_outputs(path: Path) -> Outputs:
         tensors["maps"],
         corrupted,
         tensors["features"],
+        facts["exchange_ids"],
+        tensors["exchanged"],
     )

@@ -7,6 +7,7 @@ import numpy as np
 
 Overlap = Literal["any", "half_of_feature", "majority_of_attribution"]
 ON_OBJECT: Overlap = "majority_of_attribution"  # the rule by which a region lies on the object that a class is about
+Overlay = Literal["grey", "colour"]  # how the picture under laid-over regions is drawn (`lvlmva_core.render`)
 NO_REGION = 255  # label of a pixel that belongs to no region, in every label map
 MAX_REGIONS = 12  # colours that a region can be named by; `lvlmva_core.render` holds them
 

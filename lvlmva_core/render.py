@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from lvlmva_core.regions import MAX_REGIONS, NO_REGION, regions_present
+from lvlmva_core.regions import MAX_REGIONS, NO_REGION, Overlay, regions_present
 
 SMALLEST_SIDE = 224  # pixels; what is smaller is enlarged before it is shown
 
@@ -57,15 +57,31 @@ def render_segmentation(segments: np.ndarray, n_regions: int = MAX_REGIONS) -> n
 
 
 def render_overlay(
-    image: np.ndarray, segments: np.ndarray, n_regions: int = MAX_REGIONS, opacity: float = 0.4
+    image: np.ndarray,
+    segments: np.ndarray,
+    n_regions: int = MAX_REGIONS,
+    opacity: float = 0.4,
+    style: Overlay = "grey",
 ) -> np.ndarray:
-    """Picture (c): the regions' colours over the greyed image, enlarged: uint8 (H', W', 3).
+    """Picture (c): the regions' colours over the image, enlarged: uint8 (H', W', 3).
 
     image: uint8 (C, H, W) with C in {1, 3}, or (H, W). segments: uint8 (H, W). opacity: of the colours, 0..1.
+    style: "grey" mixes the colours into the greyed image, where the image's own colours are lost; "colour" lays
+    diagonal stripes of a region's colour, `opacity` of the area, over the image as it is, so that both stay tellable.
+    The pixels of a picture are part of a paid call's key: a third way to draw it needs a third name.
+
+    Raises:
+        ValueError: another style, or sizes that do not fit.
     """
     rgb = _as_rgb(image)
     if rgb.shape[:2] != segments.shape:
         raise ValueError(f"image {rgb.shape[:2]} and segments {segments.shape} must have the same height and width")
+    if style == "colour":
+        large = enlarge(_checked(segments, n_regions))
+        striped = _stripes(large.shape, opacity) & (large != NO_REGION)
+        return _draw_outlines(np.where(striped[..., None], _colours(large), enlarge(rgb)), large)
+    if style != "grey":
+        raise ValueError(f"style '{style}' is neither 'grey' nor 'colour'")
     grey = rgb.astype(np.float64) @ np.array([0.299, 0.587, 0.114])
     inside = (_checked(segments, n_regions) != NO_REGION)[..., None]
     mixed = (1 - opacity) * grey[..., None] + opacity * _colours(segments)
@@ -105,6 +121,13 @@ def _colours(segments: np.ndarray) -> np.ndarray:
     table[:MAX_REGIONS] = [colour.rgb for colour in PALETTE]
     colours: np.ndarray = table[segments]
     return colours
+
+
+def _stripes(shape: tuple[int, ...], share: float) -> np.ndarray:
+    """Diagonal stripes, about 20 over the shorter side, that fill `share` of the area: bool (H, W)."""
+    period = max(5, round(min(shape) / 20))
+    rows, columns = np.indices(shape)
+    return np.asarray((rows + columns) % period < round(period * share))
 
 
 def _draw_outlines(picture: np.ndarray, segments: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Spread over seeds, and tests of differences (LVLM-VA §5.2)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -36,3 +36,17 @@ def wilcoxon_test(differences: Sequence[float]) -> dict[str, float | int]:
         "p_two_sided": min(1.0, float(tests["two-sided"])),
         "p_greater": float(tests["greater"]),
     }
+
+
+def bootstrap_interval(
+    rows: np.ndarray, statistic: Callable[[np.ndarray], float], *, seed: int = 0, draws: int = 1000, level: float = 0.95
+) -> tuple[float, float]:
+    """Percentile interval of a statistic under resampling of rows with replacement (Efron 1979).
+
+    Args:
+        rows: (n, ...). statistic: of (n, ...) rows.
+    """
+    rng = np.random.default_rng([seed, 11])
+    found = [statistic(rows[rng.integers(len(rows), size=len(rows))]) for _ in range(draws)]
+    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

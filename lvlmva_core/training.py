@@ -54,6 +54,21 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return float((predictions == labels.to(predictions.device)).double().mean())
 
 
+def curve_row(model: nn.Module, training: Split, validation: Split) -> dict[str, float]:
+    """The training curve's row of a model that was trained elsewhere: epoch 0, loss over the training split.
+
+    Args:
+        training, validation: on the model's device.
+    """
+    logits = predict_logits(model, training.images)
+    return {
+        "epoch": 0,
+        "loss": float(functional.cross_entropy(logits.double(), training.labels)),
+        "train_accuracy": float((logits.argmax(1) == training.labels).double().mean()),
+        "val_accuracy": accuracy(model, validation.images, validation.labels),
+    }
+
+
 def train_classifier(
     model: nn.Module,
     training: Split,

@@ -36,7 +36,8 @@ def align(
     method_metrics: Path,
 ) -> None:
     """Fine-tune the base model on the masks of a method."""
-    compute = load_params(params).compute
+    loaded = load_params(params)
+    compute = loaded.compute
     config = AlignSettings.model_validate(read_json(settings / f"{method}.json"))
     device = set_up_compute(compute.device, compute.threads)
     table = read_samples(samples)
@@ -47,7 +48,7 @@ def align(
     ids, drawn = MASK_SOURCES[method](given, [seed for _, seed in config.runs()])
     training, validation = (read_split(images, table, split, device) for split in ("train", "val"))
     alignment, corrections = read_sample_rows(images, table, ids, device), torch.from_numpy(drawn).to(device)
-    classifier, spec = load_checkpoint(base, device)
+    classifier, spec = load_checkpoint(base, device, loaded.train.model)
     selection = selection_of(config, validation, alignment, corrections)
     splits = (training, alignment, validation)
     inputs = {

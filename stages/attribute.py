@@ -27,7 +27,7 @@ def attribute(
     loaded = load_params(params)
     method = loaded.attribute
     device = set_up_compute(loaded.compute.device, loaded.compute.threads)
-    classifier, spec = load_checkpoint(base, device)
+    classifier, spec = load_checkpoint(base, device, loaded.train.model)
     table = read_samples(samples)
     ids = sorted(read_table(alignment_set, ["id"])["id"])
     shown = read_sample_rows(images, table, ids, device)

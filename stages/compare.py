@@ -6,7 +6,16 @@ from typing import Any
 from lvlmva.entry import run
 from lvlmva.params import load_params
 from lvlmva_core.arrays import read_array, read_attrs, read_json, read_table, write_json
-from lvlmva_core.comparison import entropy_summary, flat, left_out, measure, over_seeds, tests, verdict_summary
+from lvlmva_core.comparison import (
+    entropy_summary,
+    flat,
+    left_out,
+    measure,
+    over_seeds,
+    reliance_intervals,
+    tests,
+    verdict_summary,
+)
 from lvlmva_core.lvlm.records import VerdictRow, read_rows
 from lvlmva_core.outputs import BASE, read_outputs
 from lvlmva_core.samples import groups_known, read_object_masks, read_samples, read_spurious_masks, rows_of_ids
@@ -39,6 +48,7 @@ def compare(
     content: dict[str, Any] = {
         "methods": over_seeds(values),
         "tests": tests(values),
+        "reliance": reliance_intervals(outputs),
         "alignment_set": read_json(rank_metrics)["rank"],
         "verdicts": verdict_summary(
             read_rows(verdicts, VerdictRow),

@@ -33,7 +33,7 @@ def explain(
     shown = read_sample_rows(images, table, ids, device)
     baselines = read_sample_rows(images, table, list(before["baseline_ids"]), device)
     checkpoint = sorted((models / "lvlm_va").glob("seed=*.safetensors"))[0]
-    model, _ = load_checkpoint(checkpoint, device)
+    model, _ = load_checkpoint(checkpoint, device, loaded.train.model)
     explained = loaded.attribute.explain(model, shown.images, baselines.images, shown.labels)
     found = {"attributions": explained.attributions.sum(1).cpu().numpy(), "masked_share": np.asarray(shares[chosen])}
     write_arrays(explanations, found, {"ids": ids, "method": before["method"], "model": checkpoint.stem})

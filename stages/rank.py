@@ -20,7 +20,7 @@ def rank(
     """Choose the training samples that are explained and corrected."""
     loaded = load_params(params)
     device = set_up_compute(loaded.compute.device, loaded.compute.threads)
-    classifier, _ = load_checkpoint(base, device)
+    classifier, _ = load_checkpoint(base, device, loaded.train.model)
     training = read_split(images, read_samples(samples), "train", device)
     logits = predict_logits(classifier, training.images)
     candidates = pd.DataFrame(

@@ -32,11 +32,11 @@ def retrain(
     loaded = load_params(params)
     device = set_up_compute(loaded.compute.device, loaded.compute.threads)
     table = read_samples(samples)
-    classifier, spec = load_checkpoint(base, device)
+    classifier, spec = load_checkpoint(base, device, loaded.train.model)
     training, validation = (read_split(images, table, split, device) for split in ("train", "val"))
 
     def fresh(seed: int) -> nn.Module:
-        model = build_model(spec, seed)
+        model = build_model(spec, seed, loaded.train.model)
         if loaded.train.weights is not None:
             load_weights(model, spec, loaded.train.weights)
         return model.to(device)

@@ -43,8 +43,6 @@ def judge_call(
 ) -> Call:
     """The call for one critique.
 
-    The critique stands between two lines that hold a digest of it: text inside it cannot forge them.
-
     Args:
         colours: of the regions that need a verdict.
         answer_format: "json_schema" (the server enforces the form), "prompt" (asked for in words only), or
@@ -57,8 +55,7 @@ def judge_call(
     """
     if answer_format not in ("json_schema", "json_schema_1", "prompt"):
         raise ValueError(f"unknown answer_format '{answer_format}'; expected json_schema, json_schema_1 or prompt")
-    fence = f"CRITIQUE {hashlib.sha256(critique.encode()).hexdigest()[:16]}"
-    text = prompts.render(critique=critique, regions=colours, fence=fence)
+    text = judge_text(prompts, critique, colours)
     parameters = sampling_parameters(endpoint)
     if answer_format != "prompt":
         form = verdict_schema if answer_format == "json_schema" else first_version.verdict_schema
@@ -74,6 +71,20 @@ def judge_call(
     return Call(
         endpoint.model, endpoint.revision, tuple(turns), parameters, len(earlier), transport_parameters(endpoint)
     )
+
+
+def judge_text(prompts: Prompts, critique: str, colours: list[str]) -> str:
+    """The words of a first call: the critique stands between two lines `fence_of` it, which it cannot forge.
+
+    Raises:
+        InputError: the template cannot be filled.
+    """
+    return prompts.render(critique=critique, regions=colours, fence=fence_of(critique))
+
+
+def fence_of(critique: str) -> str:
+    """The line before and after a critique: it holds the critique's own digest."""
+    return f"CRITIQUE {hashlib.sha256(critique.encode()).hexdigest()[:16]}"
 
 
 def verdict_schema(colours: list[str]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from lvlmva_core.regions import Overlap
+from lvlmva_core.regions import Overlap, Overlay
 from lvlmva_core.settings import Count, NonNegative, Positive, Seed, Settings, Share
 
 _CREDENTIALS = ("api_key", "apikey", "api-key", "authorization", "secret", "password")
@@ -158,6 +158,7 @@ class ModelCritic(Settings):
     critic: Literal["model", "replay"]
     prompts: Folder
     name_spurious_feature: bool = False
+    overlay: Overlay = "grey"
     max_attempts: Annotated[int, Field(ge=1, le=10)] = 3
     max_failed_share: Share = 0.1
     asked_again: Annotated[int, Field(ge=0)] = 0

@@ -17,7 +17,7 @@ ALIGNED = ["lvlm_va", "rrr_gt", "lambda_zero", "random_masks", "random_pictures"
 RETRAINED = ["subg", "dfr", "jtt"]
 OTHERS = [f"{stage}@{name}" for stage in ("align", "evaluate") for name in ALIGNED]
 OTHERS += [f"{stage}@{name}" for stage in ("retrain", "evaluate_retrained") for name in RETRAINED]
-OTHERS += ["settings", "explain", "evaluate_base"]
+OTHERS += ["exchange", "settings", "explain", "evaluate_base"]
 
 
 @pytest.fixture(scope="module")

@@ -91,6 +91,64 @@ def test_a_file_that_is_not_there_or_no_yaml(tmp_path: Path) -> None:
         load_params(tmp_path / "params.yaml")
 
 
+def _train(**changes: Any) -> dict[str, Any]:
+    return {"model": "mlp", "hidden": 4, "learning_rate": 1e-3, "batch_size": 8, "epochs": 1, "seed": 0, **changes}
+
+
+CHECKPOINT = {
+    "from": "checkpoint",
+    "model": "torchvision:resnet18",
+    "checkpoint": "own/w.pth",
+    "classes": ["a", "b"],
+    "normalisation": "imagenet",
+}
+
+
+@pytest.mark.parametrize(
+    ("section", "start"),
+    [
+        (_train(), "scratch"),
+        (_train(weights=None), "scratch"),
+        (_train(weights="own/w.pth"), "weights"),
+        (_train(**{"from": "scratch"}), "scratch"),
+        (CHECKPOINT, "checkpoint"),
+        ({key: value for key, value in CHECKPOINT.items() if key != "from"}, "checkpoint"),
+    ],
+)
+def test_a_train_section_says_where_the_model_comes_from_or_is_read_as_before(
+    tmp_path: Path, section: dict[str, Any], start: str
+) -> None:
+    assert load_params(_params_with(tmp_path, ("train", section))).train.start == start
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (_train(epoch=3), r"unknown key 'train\.epoch'; did you mean 'epochs'\?"),
+        (_train(epochs=0), r"'train\.epochs' = 0.*greater than or equal to 1"),
+        ({"from": "scratch", "model": "mlp"}, r"key 'train\.hidden' is missing"),
+        (_train(**{"from": "weights"}), r"key 'train\.weights' is missing"),
+        ({**CHECKPOINT, "from": "nowhere"}, r"'train\.from' = 'nowhere': expected one of scratch, weights, checkpoint"),
+        ({**CHECKPOINT, "normalisation": "image-net"}, r"'train\.normalisation"),
+        (
+            {**CHECKPOINT, "normalisation": None},
+            r"'train': normalisation is missing: say what the model was trained on",
+        ),
+        ({**CHECKPOINT, "classes": ["a"]}, r"'train\.classes' = \['a'\]"),
+        ({**CHECKPOINT, "model": "../own:f"}, r"'train\.model' = '\.\./own:f'"),
+    ],
+)
+def test_a_mistake_in_train_is_named_by_its_key(tmp_path: Path, section: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        load_params(_params_with(tmp_path, ("train", section)))
+    assert "\n" not in str(caught.value)
+
+
+def test_retrained_methods_need_a_training_to_inherit_from(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"key 'retrained\.subg\.learning_rate' is missing"):
+        load_params(_params_with(tmp_path, ("train", CHECKPOINT), ("retrained", {"subg": {}})))
+
+
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
     shutil.copytree(ROOT / "prompts" / "decoy_digits", tmp_path / "prompts" / "decoy_digits")

@@ -94,7 +94,19 @@ def test_every_method_has_what_its_kind_needs() -> None:
 
 
 def test_the_stages_are_those_of_the_paper_in_its_order() -> None:
-    chain = ["prepare", "train", "rank", "attribute", "segment", "critique", "judge", "mask", "settings", "align"]
+    chain = [
+        "prepare",
+        "train",
+        "rank",
+        "attribute",
+        "segment",
+        "exchange",
+        "critique",
+        "judge",
+        "mask",
+        "settings",
+        "align",
+    ]
     after = ["retrain", "explain", "evaluate_base", "evaluate", "evaluate_retrained", "compare", "report"]
     assert list(STAGES) == [*chain, *after]
 

@@ -5,6 +5,7 @@ import io
 import itertools
 import subprocess
 import sys
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -135,6 +136,50 @@ def test_overlay_keeps_the_image_s_brightness_and_leaves_pixels_without_region_g
     np.testing.assert_allclose(tint, np.broadcast_to(0.4 * RGB[0] * 255, tint.shape), atol=1.2)
     with pytest.raises(ValueError, match="same height and width"):
         render_overlay(image, segments[:50], 3)
+
+
+BANDAGES = {"brick": (200, 80, 60), "olive": (122, 122, 62), "denim": (65, 123, 205)}  # of one brightness
+
+
+@pytest.mark.parametrize("region", range(MAX_REGIONS))
+def test_the_colour_overlay_shows_the_colours_of_image_and_region_as_they_are(region: int) -> None:
+    """Away from the outlines each pixel is the image's or the region's, in the promised shares."""
+    image = np.random.default_rng(3).integers(0, 256, (3, 96, 96), dtype=np.uint8)
+    segments = np.full((96, 96), region, np.uint8)
+    segments[:24] = 255
+    picture = render_overlay(image, segments, style="colour")
+    large, own = enlarge(image.transpose(1, 2, 0)), np.array(PALETTE[region].rgb)
+    np.testing.assert_array_equal(picture[:64], large[:64])
+    below = slice(80, None)
+    as_image, as_region = (picture[below] == large[below]).all(-1), (picture[below] == own).all(-1)
+    assert (as_image | as_region).all()
+    assert as_region.mean() == pytest.approx(0.4, abs=0.05)
+
+
+@pytest.mark.parametrize(("style", "tellable"), [("grey", False), ("colour", True)])
+def test_a_bandage_keeps_its_colour_under_every_region(style: Literal["grey", "colour"], tellable: bool) -> None:
+    """Bandages of one brightness and several hues, after JPEG: CIEDE2000 between the means of what is no stripe."""
+    for region in range(MAX_REGIONS):
+        segments = np.full((224, 224), region, np.uint8)
+        means = []
+        for colour in BANDAGES.values():
+            image = np.broadcast_to(np.array(colour, np.uint8)[:, None, None], (3, 224, 224))
+            buffer = io.BytesIO()
+            Image.fromarray(render_overlay(image, segments, style=style)).save(buffer, format="JPEG", quality=85)
+            shown = np.array(Image.open(buffer)) / 255
+            from_region = np.abs(shown - RGB[region]).sum(-1)
+            means.append(shown[from_region >= np.quantile(from_region, 0.6)].mean(0))
+        least = min(deltaE_ciede2000(rgb2lab(a), rgb2lab(b)) for a, b in itertools.combinations(means, 2))
+        assert (least >= LEAST_DIFFERENCE) == tellable
+        if not tellable:
+            assert least < 1.5
+
+
+def test_on_grey_images_the_grey_overlay_is_what_it_was_and_other_styles_are_refused() -> None:
+    image, segments = np.zeros((1, 28, 28), np.uint8), voronoi(28, 28, 3)
+    np.testing.assert_array_equal(render_overlay(image, segments), render_overlay(image, segments, style="grey"))
+    with pytest.raises(ValueError, match="style 'sepia' is neither 'grey' nor 'colour'"):
+        render_overlay(image, segments, style="sepia")  # type: ignore[arg-type]
 
 
 def test_regions_present() -> None:
