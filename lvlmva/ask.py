@@ -17,6 +17,7 @@ import typer
 
 from lvlmva.hydrate import committed_versions, open_store, version_at_head
 from lvlmva_core.errors import InputError
+from lvlmva_core.lvlm.batches import Collector, Exported, export_calls, rate_of_input, under_way
 from lvlmva_core.lvlm.budget import Estimate, Spent, cost_usd, estimate_calls, estimate_input_tokens, price_is_known
 from lvlmva_core.lvlm.calls import Call, CallStore, Record, check_record, note
 from lvlmva_core.lvlm.cases import Case
@@ -28,6 +29,7 @@ from lvlmva_core.lvlm.client import (
     check_endpoint,
     host_of,
     is_loopback,
+    is_under_way,
     map_calls,
 )
 from lvlmva_core.lvlm.critic import ask_critic, critic_call, row_of_answer, why_no_critique
@@ -54,11 +56,13 @@ def criticise_by_model(
     dry_run: bool,
     section: str = "critique.endpoint",
     bill: Spent | None = None,
+    batch: Path | None = None,
 ) -> list[CritiqueRow]:
     """Rows of a model's critiques, bought as far as the store lacks them; none after a dry run.
 
     Args:
-        folder: of the prompts. out: where the rows will be written. section, bill: as for `ask_all`.
+        folder: of the prompts. out: where the rows will be written. section, bill: as for `ask_all`. batch: folder to
+            export the missing calls to.
 
     Returns:
         `config.samples` rows a case, one after the other.
@@ -86,7 +90,7 @@ def criticise_by_model(
             index = number + attempt * config.samples
             later = first if attempt == 0 else _question(lambda: call_of(case, index), case.sample)
             return await client.ask(
-                Question(later.keys, later.build, case.sample, lambda text: why_no_critique(text, colours))
+                Question(later.keys, later.build, case.sample, lambda text: why_no_critique(text, colours), colours)
             )
 
         colours = list(case.regions().values())
@@ -106,6 +110,7 @@ def criticise_by_model(
         replay=config.critic == "replay",
         pictures=True,
         dry_run=dry_run,
+        batch=batch,
     )
     if results is None:
         return []
@@ -121,9 +126,15 @@ def criticise_by_model(
 
 
 def judge_by_model(
-    config: ModelJudge, critiques: Sequence[CritiqueRow], folder: Path, out: Path, *, dry_run: bool
+    config: ModelJudge,
+    critiques: Sequence[CritiqueRow],
+    folder: Path,
+    out: Path,
+    *,
+    dry_run: bool,
+    batch: Path | None = None,
 ) -> list[VerdictRow]:
-    """Rows of a model's verdicts on critiques that have one; none after a dry run."""
+    """Rows of a model's verdicts on critiques that have one; none after a dry run or an export to `batch`."""
     prompts = load_judge_prompts(folder)
 
     def colours_of(row: CritiqueRow) -> list[str]:
@@ -166,6 +177,7 @@ def judge_by_model(
         replay=config.judge == "replay",
         pictures=False,
         dry_run=dry_run,
+        batch=batch,
     )
     if results is None:
         return []
@@ -187,6 +199,7 @@ def ask_all(
     pictures: bool,
     dry_run: bool,
     bill: Spent | None = None,
+    batch: Path | None = None,
 ) -> list[S | str] | None:
     """Ask about each item, from the store where possible; say before what is bought, and after what it took.
 
@@ -197,9 +210,10 @@ def ask_all(
         section: of params.yaml that holds the endpoint. out: the stage's output, whose committed versions are
             searched for answers before anything is bought. replay: never send. pictures: whether calls hold some.
         bill: what others bought in this run, which counts against the limits; what is bought here is added.
+        batch: folder that gets the missing calls as files for a Batch API, in the place of buying them.
 
     Returns:
-        For each item the result, or the reason (str) why there is none; None after a dry run.
+        For each item the result, or the reason (str) why there is none; None after a dry run or an export.
 
     Raises:
         InputError: nothing can be bought, the budget is spent, too many failed, or replay lacks answers.
@@ -227,11 +241,26 @@ def ask_all(
         fill()
     estimate = survey.estimate(calls, endpoint)
     _say(describe(estimate, endpoint, section))
+    if batch is not None:
+        collector = Collector(endpoint, section, calls, prepare, True, save_elsewhere)
+        asyncio.run(_run(collector, range(len(items)), functools.partial(_look_up, work, items, survey, collector), 1))
+        known = ((record["response"], tokens) for record, tokens in survey.known(calls))
+        exported = export_calls(calls.store, collector.missing, endpoint, section, batch, rate=rate_of_input(known))
+        _say_exported(exported, endpoint, section)
+        return None
     if dry_run:
         return None
+    beside = os.environ.get("LVLMVA_BESIDE_BATCHES", "") not in ("", "0")
+    waiting = set() if beside or replay else under_way(calls.store)
+    count = sum(
+        question.keys[0] in waiting and calls.find(question.keys) is None
+        for question in {each.keys[0]: each for each in survey.questions}.values()
+    )
+    if count:
+        raise InputError(is_under_way(count))
     if estimate.new_calls:
         prepare()
-    client = Client(endpoint, section, calls, prepare, replay, save_elsewhere)
+    client = Client(endpoint, section, calls, prepare, replay, save_elsewhere, under_way=waiting)
     if bill is not None:
         client.budget.earlier = replace(bill)
     missing: list[str] = []
@@ -287,6 +316,32 @@ def ask_all(
     return [result for result in results if result is not None]
 
 
+async def _look_up(
+    work: Callable[[Client, T, Question], Awaitable[S]],
+    items: Sequence[T],
+    survey: "_Survey",
+    client: Client,
+    place: int,
+) -> None:
+    with contextlib.suppress(NotInStoreError, CallFailedError):
+        await work(client, items[place], survey.questions[place])
+
+
+def _say_exported(exported: Exported, endpoint: Endpoint, section: str) -> None:
+    for batch, file in zip(exported.batches, exported.files, strict=True):
+        typer.echo(f"{file}: {len(batch.keys)} calls, {file.stat().st_size / 1e6:.1f} MB")
+    number = sum(len(batch.keys) for batch in exported.batches)
+    cost = f"at most {exported.cost_usd_at_most:.4f} USD" if price_is_known(endpoint) else "at an unknown price"
+    _say(f"{section}: {number} calls exported, {cost}; nothing was sent")
+    if exported.under_way:
+        _say(f"{section}: {exported.under_way} calls are under way in a batch and are left out")
+    if exported.beyond_budget:
+        _say(
+            f"{section}: {exported.beyond_budget} calls are left out: beyond max_calls = {endpoint.max_calls} or "
+            f"max_cost_usd = {endpoint.max_cost_usd}"
+        )
+
+
 def save_elsewhere(record: Record) -> str:
     """Keep a record that was paid where the store cannot be written: in the folder for temporary files."""
     file = Path(tempfile.gettempdir()) / f"lvlmva-unsaved-{os.getpid()}.jsonl"
@@ -311,6 +366,12 @@ class _Survey:
 
     def _pairs(self) -> Iterator[tuple[Question, int]]:
         return zip(self.questions, self.tokens, strict=True)
+
+    def known(self, calls: CallStore) -> Iterator[tuple[Record, int]]:
+        """The answers in the store, each with the input tokens that were estimated."""
+        for question, tokens in self._pairs():
+            if (record := calls.find(question.keys)) is not None:
+                yield record, tokens
 
     def estimate(self, calls: CallStore, endpoint: Endpoint) -> Estimate:
         """What is in the store and what is to be bought; one call that several samples share is bought once."""

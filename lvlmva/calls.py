@@ -115,7 +115,7 @@ def plan(
     from dvc.repo import Repo
 
     with tempfile.TemporaryDirectory() as folder:
-        copy = _changed(params, Path(folder), changes or [])
+        copy = changed_params(params, Path(folder), changes or [])
         with Repo() as repo:
             commands = [str(repo.stage.load_one(name=stage).cmd) for stage in ("critique", "judge")]
         for command in commands:
@@ -191,7 +191,7 @@ def allow(
     typer.echo(f"{address} may be used with {variable or 'no API key'}")
 
 
-def _changed(params: Path, folder: Path, changes: list[str]) -> Path:
+def changed_params(params: Path, folder: Path, changes: list[str]) -> Path:
     """A copy of params with changes laid over it."""
     from ruamel.yaml import YAML
 

@@ -5,6 +5,7 @@ from typing import Any
 import typer
 
 from lvlmva.audit import audit
+from lvlmva.batches import batches
 from lvlmva.calibrate import calibrate
 from lvlmva.calls import calls
 from lvlmva.check import check
@@ -32,6 +33,7 @@ class App(typer.Typer):
 
 
 app = App(pretty_exceptions_enable=False, no_args_is_help=True)
+calls.add_typer(batches)
 app.add_typer(calls, name="calls")
 app.command()(new)
 app.command()(check)

@@ -8,6 +8,7 @@ from typing import Any
 import typer
 
 from lvlmva.ask import criticise_by_model, judge_by_model
+from lvlmva_core.errors import InputError
 from lvlmva_core.lvlm.answers import alone, join_critiques, join_verdicts, tokens_of
 from lvlmva_core.lvlm.budget import Spent, cost_usd
 from lvlmva_core.lvlm.cases import Case
@@ -38,20 +39,36 @@ def criticise_all(
     out: Path,
     *,
     dry_run: bool,
+    batch: Path | None = None,
 ) -> list[CritiqueRow]:
-    """A row a case, by all critics that params name; none after a dry run.
+    """A row a case, by all critics that params name; none after a dry run or an export.
 
     Args:
         judge: reads the first critics' answers where a cascade has to know whether they agree. prompts: all folders.
-        out: where the rows will be written.
+        out: where the rows will be written. batch: folder to export the missing calls to.
+
+    Raises:
+        InputError: an export of the calls to several critics, of which a cascade asks some only after others.
     """
     critics, bill = config.all_critics(), Spent()
+    if batch is not None and len(critics) > 1:
+        raise InputError("a batch holds the calls to one critic; export for each alone, with critique.critics empty")
     for line in warnings(config):
         typer.echo(line, err=True)
 
     def ask(place: int, about: Sequence[Case]) -> Rows:
         section = "critique" if place == 0 else f"critique.critics[{place - 1}]"
-        found = _by_one(critics[place], about, class_names, prompts, out, dry_run=dry_run, section=section, bill=bill)
+        found = _by_one(
+            critics[place],
+            about,
+            class_names,
+            prompts,
+            out,
+            dry_run=dry_run,
+            section=section,
+            bill=bill,
+            batch=batch,
+        )
         count = critics[place].answers()
         return [found[start : start + count] for start in range(0, len(found), count)]
 
@@ -60,7 +77,7 @@ def criticise_all(
     typer.echo(_named(config), err=True)
     first = range(len(critics) if config.cascade is None else len(critics) - 1)
     given = [ask(place, cases) for place in first]
-    if dry_run:
+    if dry_run or batch is not None:
         if config.cascade is not None:
             typer.echo("critique: the cascade asks the last critic about all samples at most:", err=True)
             ask(len(critics) - 1, cases)
@@ -89,12 +106,19 @@ def criticise_all(
 
 
 def judge_all(
-    config: JudgeSettings, critiques: Sequence[CritiqueRow], prompts: Path, out: Path, *, dry_run: bool
+    config: JudgeSettings,
+    critiques: Sequence[CritiqueRow],
+    prompts: Path,
+    out: Path,
+    *,
+    dry_run: bool,
+    batch: Path | None = None,
 ) -> list[VerdictRow]:
-    """A row a critique: the Judge's verdicts, or the votes of several answers; none after a dry run."""
+    """A row a critique: the Judge's verdicts, or the votes of several answers; none after a dry run or an export."""
     singles = [alone(row) for row in critiques]
-    judged = _judge(config, [single for of_row in singles for single in of_row], prompts, out, dry_run=dry_run)
-    if dry_run:
+    every = [single for of_row in singles for single in of_row]
+    judged = _judge(config, every, prompts, out, dry_run=dry_run, batch=batch)
+    if dry_run or batch is not None:
         return []
     found = iter(judged)
     return [
@@ -180,24 +204,38 @@ def _by_one(
     dry_run: bool,
     section: str,
     bill: Spent,
+    batch: Path | None,
 ) -> list[CritiqueRow]:
     if isinstance(config, ModelCritic):
-        folder = prompts / config.prompts
         return criticise_by_model(
-            config, cases, class_names, folder, out, dry_run=dry_run, section=f"{section}.endpoint", bill=bill
+            config,
+            cases,
+            class_names,
+            prompts / config.prompts,
+            out,
+            dry_run=dry_run,
+            section=f"{section}.endpoint",
+            bill=bill,
+            batch=batch,
         )
-    if dry_run:
+    if dry_run or batch is not None:
         typer.echo(f"{section}: '{config.critic}' is a stand-in; nothing to buy", err=True)
         return []
     return criticise(config, cases)
 
 
 def _judge(
-    config: JudgeSettings, rows: Sequence[CritiqueRow], prompts: Path, out: Path, *, dry_run: bool = False
+    config: JudgeSettings,
+    rows: Sequence[CritiqueRow],
+    prompts: Path,
+    out: Path,
+    *,
+    dry_run: bool = False,
+    batch: Path | None = None,
 ) -> list[VerdictRow]:
     if isinstance(config, ModelJudge):
-        return judge_by_model(config, rows, prompts / config.prompts, out, dry_run=dry_run)
-    if dry_run:
+        return judge_by_model(config, rows, prompts / config.prompts, out, dry_run=dry_run, batch=batch)
+    if dry_run or batch is not None:
         typer.echo(f"judge: '{config.judge}' is a stand-in; nothing to buy", err=True)
         return []
     return judge_by_stand_in(config, rows)

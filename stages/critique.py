@@ -19,14 +19,17 @@ def critique(
     prompts: Path,
     critiques: Path,
     dry_run: bool = False,
+    export_batch: Path | None = None,
 ) -> None:
     """Have the regions of each alignment sample criticised."""
     loaded = load_params(params)
     config = loaded.critique
     with_truth = needs_truth(config)
     cases, class_names = read_cases(images, samples, segments, attributions, spurious_masks, with_truth=with_truth)
-    rows = criticise_all(config, loaded.judge, cases, class_names, prompts, critiques, dry_run=dry_run)
-    if not dry_run:
+    rows = criticise_all(
+        config, loaded.judge, cases, class_names, prompts, critiques, dry_run=dry_run, batch=export_batch
+    )
+    if not (dry_run or export_batch):
         write_rows(critiques, rows)
 
 

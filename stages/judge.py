@@ -12,13 +12,19 @@ from lvlmva_core.lvlm.records import CritiqueRow, read_rows, write_rows
 
 
 def judge(
-    params: Path, critiques: Path, prompts: Path, verdicts: Path, judge_metrics: Path, dry_run: bool = False
+    params: Path,
+    critiques: Path,
+    prompts: Path,
+    verdicts: Path,
+    judge_metrics: Path,
+    dry_run: bool = False,
+    export_batch: Path | None = None,
 ) -> None:
     """Turn each critique into one verdict per region."""
     config = load_params(params).judge
     given = read_rows(critiques, CritiqueRow)
-    rows = judge_all(config, given, prompts, verdicts, dry_run=dry_run)
-    if not dry_run:
+    rows = judge_all(config, given, prompts, verdicts, dry_run=dry_run, batch=export_batch)
+    if not (dry_run or export_batch):
         write_rows(verdicts, rows)
         write_json(judge_metrics, {"judge": {**summarise(rows), **summarise_answers(given, rows, config.votes)}})
 

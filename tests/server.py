@@ -67,7 +67,10 @@ class State:
             "usage": True,
             "say": None,
             "keep": True,
+            "batch": {},
         }
+        self.files: dict[str, bytes] = {}
+        self.batches: dict[str, dict[str, Any]] = {}
         self.now = self.most = self.number = 0
 
 
@@ -82,6 +85,9 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
+        if self.path.startswith(("/v1/batches", "/v1/files")):
+            self.of_batches(b"")
+            return
         with STATE.lock:
             body: Any = {"log": list(STATE.log), "most_at_once": STATE.most}
             if self.path == "/count":
@@ -93,6 +99,9 @@ class Handler(BaseHTTPRequestHandler):
         content = self.rfile.read(length)
         if len(content) < length:  # the client was killed while it was sending
             self.close_connection = True
+            return
+        if self.path.startswith(("/v1/batches", "/v1/files")):
+            self.of_batches(content)
             return
         body = json.loads(content)
         if self.path == "/control":
@@ -112,6 +121,7 @@ class Handler(BaseHTTPRequestHandler):
                 "body": _without_pictures(body) if STATE.control["keep"] else None,
                 "sha256": hashlib.sha256(content).hexdigest(),
                 "id": f"chatcmpl-{STATE.number}",
+                "asked": _asked(body) if "messages" in body else None,
                 "paid": False,
             }
             STATE.number += 1
@@ -128,6 +138,95 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             with STATE.lock:
                 STATE.now -= 1
+
+    def of_batches(self, content: bytes) -> None:
+        """The endpoints of files and batches. Control `batch`: hang (a place to hang at), status, lose, twice, strange,
+        errors (so many lines), shuffle."""
+        told, path = STATE.control["batch"], self.path.partition("?")[0].removeprefix("/v1")
+        if self.command == "POST" and path == "/files":
+            kind = self.headers["Content-Type"]
+            mark = b"--" + kind.partition("boundary=")[2].strip('"').encode()
+            parts = [part.partition(b"\r\n\r\n") for part in content.split(mark)]
+            data = next(body[:-2] for head, _, body in parts if b'name="file"' in head)
+            assert any(b'name="purpose"' in head and body == b"batch\r\n" for head, _, body in parts)
+            self.hang(told, "upload")
+            name = self.keep_file(data)
+            about = {"bytes": len(data), "created_at": int(time.time()), "filename": "in.jsonl", "status": "processed"}
+            self.reply(200, {"id": name, "object": "file", "purpose": "batch", **about})
+        elif self.command == "POST":
+            asked = json.loads(content)
+            self.hang(told, "before_create")
+            with STATE.lock:
+                name = f"batch_{len(STATE.batches)}"
+                STATE.batches[name] = {
+                    "id": name,
+                    "object": "batch",
+                    "created_at": int(time.time()),
+                    "status": "in_progress",
+                    **asked,
+                }
+            self.hang(told, "after_create")
+            self.reply(200, STATE.batches[name])
+        elif path == "/batches":
+            found = list(STATE.batches.values())
+            self.reply(200, {"object": "list", "data": found[::-1], "has_more": False})
+        elif path.startswith("/batches/"):
+            batch = STATE.batches[path.removeprefix("/batches/")]
+            status = told.get("status", "completed")
+            if batch["status"] == "in_progress" and status != "in_progress":
+                self.end_batch(batch, status, told)
+            self.reply(200, batch)
+        else:
+            self.hang(told, "content")
+            self.send(200, STATE.files[path.split("/")[2]], "application/binary")
+
+    def hang(self, told: dict[str, Any], place: str) -> None:
+        if told.get("hang") == place:
+            with STATE.lock:
+                STATE.log.append({"path": place, "paid": False, "asked": None})
+            time.sleep(60)
+
+    @staticmethod
+    def keep_file(data: bytes) -> str:
+        with STATE.lock:
+            name = f"file-{len(STATE.files)}"
+            STATE.files[name] = data
+        return name
+
+    def end_batch(self, batch: dict[str, Any], status: str, told: dict[str, Any]) -> None:
+        asked = [json.loads(line) for line in STATE.files[batch["input_file_id"]].splitlines()]
+        lose, wrong = told.get("lose", 0), told.get("errors", 0)
+        answered, errors = [], []
+        for number, each in enumerate(asked):
+            assert each["method"] == "POST"
+            assert each["url"] == batch["endpoint"] == "/v1/chat/completions"
+            line = {"id": f"batch_req_{number}", "custom_id": each["custom_id"], "response": None, "error": None}
+            if number < lose:
+                continue
+            if number < lose + wrong:
+                error = {"code": "batch_expired", "message": "This request could not be executed in time."}
+                errors.append({**line, "error": error})
+                continue
+            body = each["body"]
+            with STATE.lock:
+                entry = {"path": batch["id"], "paid": True, "id": f"chatcmpl-{STATE.number}", "asked": _asked(body)}
+                STATE.number += 1
+                STATE.log.append(entry)
+            self.entry = entry
+            text = told.get("say")
+            response = {"status_code": 200, "request_id": f"r{number}", "body": self.completion(body, text=text)}
+            answered.append({**line, "response": response})
+            del self.entry
+        extra = answered[: told.get("twice", 0)]
+        strange = [{**line, "custom_id": "f" * 64} for line in answered[: told.get("strange", 0)]]
+        answered += extra + strange
+        if told.get("shuffle"):
+            np.random.default_rng(0).shuffle(answered)
+        for name, lines in (("output_file_id", answered), ("error_file_id", errors)):
+            if lines:
+                batch[name] = self.keep_file("".join(json.dumps(line) + "\n" for line in lines).encode())
+        batch["status"] = status
+        batch["request_counts"] = {"completed": len(answered), "failed": len(errors), "total": len(asked)}
 
     def answer(self, body: dict[str, Any], fault: str | dict[str, Any] | None) -> None:
         if isinstance(fault, dict):
@@ -258,6 +357,12 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
         if hasattr(self, "entry"):
             self.entry["paid"] = 200 <= status < 300
+
+
+def _asked(body: dict[str, Any]) -> str:
+    """A digest of the question: of all but what says how it is paid."""
+    question = {name: value for name, value in body.items() if name != "service_tier"}
+    return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
 
 
 def _is_judge(body: dict[str, Any]) -> bool:

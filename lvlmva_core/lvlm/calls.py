@@ -161,7 +161,12 @@ def _pixel_digest(picture: Picture) -> dict[str, str]:
 
 def make_record(call: Call, response: Mapping[str, Any]) -> Record:
     """A record of an answer: schema, key, request (pictures as digests), raw response, and a digest over them."""
-    content = {"schema": SCHEMA, "key": call.key(), "request": call.request(), "response": dict(response)}
+    return record_of(call.request(), response)
+
+
+def record_of(request: Mapping[str, Any], response: Mapping[str, Any]) -> Record:
+    """`make_record` of a call that is known by its request (`Call.request`) only."""
+    content = {"schema": SCHEMA, "key": digest(request), "request": dict(request), "response": dict(response)}
     return {**content, "sha256": digest(content)}
 
 

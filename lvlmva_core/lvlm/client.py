@@ -9,7 +9,7 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -157,6 +157,31 @@ def check_endpoint(endpoint: Endpoint, environment: Mapping[str, str], *, pictur
     return key
 
 
+def open_openai(endpoint: Endpoint, api_key: str) -> Any:
+    """An openai client of the endpoint that sends our headers only, follows no redirect and never asks again."""
+    import httpx2
+    import openai
+
+    async def only_our_headers(request: Any) -> None:
+        # the openai client adds headers from the environment and facts about this machine
+        for name in list(request.headers):
+            if name.lower() not in _HEADERS_SENT:
+                del request.headers[name]
+        request.headers["authorization"] = f"Bearer {api_key or _NO_KEY}"
+
+    # the client's logger can print whole requests
+    logging.getLogger("openai").setLevel(logging.WARNING)
+    http = httpx2.AsyncClient(
+        # a redirect would carry pictures to a host that nobody agreed to
+        follow_redirects=False,
+        limits=httpx2.Limits(max_connections=endpoint.concurrency),
+        timeout=httpx2.Timeout(endpoint.timeout_s),
+        trust_env=not is_loopback(endpoint),
+        event_hooks={"request": [only_our_headers], "response": [_as_utf8]},
+    )
+    return openai.AsyncOpenAI(api_key=api_key or _NO_KEY, base_url=endpoint.base_url, max_retries=0, http_client=http)
+
+
 def backoff_s(attempt: int, asked_s: float | None, chance: float) -> float:
     """Seconds to wait before the next attempt.
 
@@ -169,6 +194,14 @@ def backoff_s(attempt: int, asked_s: float | None, chance: float) -> float:
     return own if asked_s is None else asked_s + own * 0.1
 
 
+def is_under_way(count: int) -> str:
+    """What to do about calls that are in a batch already."""
+    return (
+        f"{count} of the calls to buy are under way in a batch; take its answers in with `lvlmva calls fetch`, or set "
+        "LVLMVA_BESIDE_BATCHES=1 to buy them singly as well, at their price"
+    )
+
+
 def _anything(text: str) -> str | None:
     return None
 
@@ -178,13 +211,15 @@ class Question:
     """A call that is built only when it has to be sent.
 
     keys: of the call, its own first (`Call.keys`). sample: whom it is about, for messages and local records.
-    why_not: why a text is no answer to this question, or None.
+    why_not: why a text is no answer to this question, or None. names: the same in a form that can be kept: an answer
+        must hold one of them, if there are any.
     """
 
     keys: Sequence[str]
     build: Callable[[], Call]
     sample: str
     why_not: Callable[[str], str | None] = _anything
+    names: Sequence[str] = ()
 
 
 @dataclass
@@ -196,6 +231,7 @@ class Client:
         none is needed), or raises InputError where nothing may be sent.
     replay: never send. save: keeps a record that was paid where the store cannot be written; says where.
     bought: keys of the answers that were bought in this run; beyond: of those beyond unusable ones in the store.
+    under_way: keys of calls in a batch, which are not bought singly.
     """
 
     endpoint: Endpoint
@@ -207,6 +243,7 @@ class Client:
     doubts: list[InputError] = field(default_factory=list)
     bought: set[str] = field(default_factory=set)
     beyond: set[str] = field(default_factory=set)
+    under_way: Container[str] = frozenset()
     succeeded: int = 0
     _prepared: bool = False
     _api_key: str = ""
@@ -266,35 +303,6 @@ class Client:
             self._api_key = self.prepare()
             self._prepared = True
 
-    def _connect(self) -> None:
-        import httpx2
-        import openai
-
-        # the client's logger can print whole requests
-        logging.getLogger("openai").setLevel(logging.WARNING)
-        limits = httpx2.Limits(max_connections=self.endpoint.concurrency)
-        http = httpx2.AsyncClient(
-            # a redirect would carry pictures to a host that nobody agreed to
-            follow_redirects=False,
-            limits=limits,
-            timeout=httpx2.Timeout(self.endpoint.timeout_s),
-            trust_env=not is_loopback(self.endpoint),
-            event_hooks={"request": [self._only_our_headers], "response": [_as_utf8]},
-        )
-        self._openai = openai.AsyncOpenAI(
-            api_key=self._api_key or _NO_KEY,
-            base_url=self.endpoint.base_url,
-            max_retries=0,
-            http_client=http,
-        )
-
-    async def _only_our_headers(self, request: Any) -> None:
-        # the openai client adds headers from the environment and facts about this machine
-        for name in list(request.headers):
-            if name.lower() not in _HEADERS_SENT:
-                del request.headers[name]
-        request.headers["authorization"] = f"Bearer {self._api_key or _NO_KEY}"
-
     async def _buy_alone(self, question: Question) -> Record:
         """Buy under the key's lock, unless the answer came into the store meanwhile."""
         async with self.calls.store.lock_async(KIND, question.keys[0]):
@@ -302,8 +310,10 @@ class Client:
             if record is not None:
                 self.spent.hits += 1
                 return record
+            if question.keys[0] in self.under_way:
+                raise InputError(is_under_way(1))
             if self._openai is None:
-                self._connect()
+                self._openai = open_openai(self.endpoint, self._api_key)
             return await self._buy(question)
 
     async def _buy(self, question: Question) -> Record:

@@ -83,6 +83,8 @@ class Endpoint(Settings):
     usd_per_million_output_tokens: NonNegative | None = None
     tier_usd_per_million_input_tokens: NonNegative | None = None
     tier_usd_per_million_output_tokens: NonNegative | None = None
+    batch_usd_per_million_input_tokens: NonNegative | None = None
+    batch_usd_per_million_output_tokens: NonNegative | None = None
     max_calls: Annotated[int, Field(ge=0)] = 1000
     max_cost_usd: NonNegative = 5.0
     allow_upload: bool = False
