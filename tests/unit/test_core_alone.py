@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-DRAWING = ("diagnostics", "figures", "findings", "panel")  # of the report
+DRAWING = ("chain", "diagnostics", "figures", "findings", "panel")  # of the report
 EXAMPLES = {  # the functions that docs and README name first
     "lvlmva_core.attribution.deep_lift": {"deep_lift_shap"},
     "lvlmva_core.segmentation.mixture": {"fit_weighted_gmm"},
