@@ -247,6 +247,7 @@ def _preset_text(name: str, found: Found) -> str:
         "learning_rate": 0.0003 if found.checkpoint is None else 0.0001,
         "epochs": 4,
         "alignment_batch": min(24, n_samples),
+        "training_batch": min(64, max(2, sum(found.train.values()) // 2)),  # a split that is still drawn may be smaller
         "batch_norm": "frozen",
         "max_gradient_norm": 1.0,
         "learning_rate_schedule": "linear",

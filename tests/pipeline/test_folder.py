@@ -78,7 +78,7 @@ def test_from_bad_files_to_a_report_without_groups_or_masks(project: Project) ->
         "μ_align",
         "precision and recall of the verdicts",
     }
-    assert content["methods"]["lvlm_va"]["test"].keys() == {"accuracy"}
+    assert content["methods"]["lvlm_va"]["test"].keys() == {"accuracy", "reliance"}  # neither needs groups or masks
     assert "entropy" not in content
     assert (project.folder / "metrics/groups.csv").read_text() == "label,spurious,count,accuracy,method,seed\n"
     page = (project.folder / "reports/report.html").read_text()
