@@ -68,7 +68,7 @@ def test_a_new_lambda_reruns_align_evaluate_and_report_only(
     project.run("git", "commit", "--quiet", "--message", "before")
     project.set_params({"align.rrr_lambda": 2.0})
     ran = project.repro()
-    followers = {"lvlm_va", "random_masks", "random_pictures"}  # rrr_gt and lambda_zero have a λ of their own
+    followers = {"lvlm_va", "rrr_gt", "random_masks", "random_pictures"}  # lambda_zero has a λ of its own
     expected = {f"{stage}@{name}" for stage in ("align", "evaluate") for name in followers}
     assert set(ran) == {"settings", "explain", "compare", "report", *expected}
     difference = json.loads(project.run("dvc", "metrics", "diff", "--json").stdout)
