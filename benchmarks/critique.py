@@ -22,17 +22,9 @@ from lvlmva_core.arrays import read_array
 from lvlmva_core.lvlm.calls import Call
 from lvlmva_core.lvlm.critic import critic_call
 from lvlmva_core.lvlm.prompts import load_critic_prompts
-from stages.critique import critique
-from tests.pipeline.calls import KEY, project, running_server, write_data
+from tests.pipeline.calls import KEY, critique_here, project, running_server, write_data
 
 SAMPLES, LARGER, LATENCY_S, CONCURRENCY = 256, 300, 1.0, 32
-
-
-def stage() -> None:
-    """The whole critique stage: reading, rendering, plan, calls, store, output."""
-    data = Path("data")
-    names = ("images.zarr", "samples.parquet", "segments.zarr", "attributions.zarr", "spurious_masks.zarr")
-    critique(Path("params.yaml"), *(data / name for name in names), Path("prompts"), data / "critiques.jsonl")
 
 
 def plain_loop() -> None:
@@ -89,11 +81,11 @@ def main() -> None:
             os.environ |= {"LVLMVA_STORE": str(here / "store"), "LVLMVA_TEST_API_KEY": KEY}
             server.set(latency_s=LATENCY_S)
             times["plain loop"].append(measure(plain_loop))
-            times["stage"].append(measure(stage))
-            times["again"].append(measure(stage))
+            times["stage"].append(measure(critique_here))
+            times["again"].append(measure(critique_here))
             write_data(here, LARGER)
             server.set(latency_s=LATENCY_S)
-            times["larger"].append(measure(stage))
+            times["larger"].append(measure(critique_here))
             assert len(server.log()) == LARGER - SAMPLES
         os.chdir("/")
     least = SAMPLES * LATENCY_S / CONCURRENCY

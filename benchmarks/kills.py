@@ -23,9 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.critique import critique
-from stages.judge import judge
-from tests.pipeline.calls import KEY, Server, project, running_server
+from tests.pipeline.calls import KEY, Server, critique_here, judge_here, project, running_server
 
 CONCURRENCY = 8
 IMPORTED = [  # by the process that the others are forked from
@@ -42,12 +40,7 @@ def run_stage(here: Path, name: str) -> None:
     with open(here / "said.txt", "ab") as said:
         os.dup2(said.fileno(), 1)
         os.dup2(said.fileno(), 2)
-    data, params, prompts = Path("data"), Path("params.yaml"), Path("prompts")
-    if name == "critique":
-        names = ("images.zarr", "samples.parquet", "segments.zarr", "attributions.zarr", "spurious_masks.zarr")
-        critique(params, *(data / each for each in names), prompts, data / "critiques.jsonl")
-    else:
-        judge(params, data / "critiques.jsonl", prompts, data / "verdicts.jsonl", Path("metrics.json"))
+    {"critique": critique_here, "judge": judge_here}[name]()
 
 
 def _start(here: Path, name: str) -> Any:

@@ -16,9 +16,12 @@ import pandas as pd
 from ruamel.yaml import YAML
 
 from lvlmva_core.arrays import write_arrays, write_table
+from stages.critique import critique
+from stages.judge import judge
 
 ROOT = Path(__file__).parents[2]
 KEY = "sk-loopback/9f8e7d6c5b4a"
+COUNT = 6  # samples of a small project
 
 
 class Server:
@@ -204,3 +207,17 @@ def project(folder: Path, server: Server, count: int, **changes: Any) -> Path:
         (folder / "prompts").symlink_to(ROOT / "prompts")
     write_params(folder, server, **changes)
     return folder
+
+
+def critique_here(dry_run: bool = False) -> None:
+    """The stage critique in this process, in the current folder."""
+    data = Path("data")
+    names = ("images.zarr", "samples.parquet", "segments.zarr", "attributions.zarr", "spurious_masks.zarr")
+    inputs = (data / name for name in names)
+    critique(Path("params.yaml"), *inputs, Path("prompts"), data / "critiques.jsonl", dry_run=dry_run)
+
+
+def judge_here() -> None:
+    """The stage judge in this process, in the current folder."""
+    data = Path("data")
+    judge(Path("params.yaml"), data / "critiques.jsonl", Path("prompts"), data / "verdicts.jsonl", Path("metrics.json"))

@@ -5,7 +5,6 @@ import gzip
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,46 +15,22 @@ from lvlmva_core.errors import InputError
 from lvlmva_core.lvlm.budget import BudgetSpentError
 from lvlmva_core.lvlm.calls import CallStore
 from lvlmva_core.store import Store
-from stages.critique import critique
-from stages.judge import judge
-from tests.pipeline.calls import CRITIQUE, KEY, Server, environment, project, rows, run, running_server, write_params
+from tests.pipeline.calls import (
+    COUNT,
+    CRITIQUE,
+    KEY,
+    Server,
+    critique_here,
+    environment,
+    judge_here,
+    project,
+    rows,
+    run,
+    write_params,
+)
 
-COUNT = 6
 WORST = 0.0057  # USD that a critique may cost by the estimate: about 700 tokens in, 500 out
 COST = 0.002  # that one costs: 1000 tokens in, 100 out
-
-
-@pytest.fixture(scope="module")
-def process() -> Iterator[Server]:
-    with running_server() as server:
-        yield server
-
-
-@pytest.fixture
-def server(process: Server) -> Server:
-    process.set()
-    return process
-
-
-@pytest.fixture
-def folder(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> Path:
-    here = project(tmp_path / "project", server, COUNT)
-    monkeypatch.chdir(here)
-    monkeypatch.setenv("LVLMVA_STORE", str(tmp_path / "store"))
-    monkeypatch.setenv("LVLMVA_TEST_API_KEY", KEY)
-    monkeypatch.delenv("LVLMVA_OFFLINE", raising=False)
-    return here
-
-
-def _critique() -> None:
-    data = Path("data")
-    names = ("images.zarr", "samples.parquet", "segments.zarr", "attributions.zarr", "spurious_masks.zarr")
-    critique(Path("params.yaml"), *(data / name for name in names), Path("prompts"), data / "critiques.jsonl")
-
-
-def _judge() -> None:
-    data = Path("data")
-    judge(Path("params.yaml"), data / "critiques.jsonl", Path("prompts"), data / "verdicts.jsonl", Path("metrics.json"))
 
 
 def _store(folder: Path) -> CallStore:
@@ -99,7 +74,7 @@ def test_what_comes_under_200_is_booked_before_it_is_read(
     write_params(folder, server, critique=any_share, endpoint={"max_cost_usd": 0.05, "retries": 6, "concurrency": 2})
     server.set(always=UNREADABLE[name])
     with pytest.raises(BudgetSpentError, match=r"max_cost_usd = 0\.05"):
-        _critique()
+        critique_here()
     calls, usd = _booked(capsys.readouterr().err)
     assert calls == server.paid()
     assert 0.03 < usd <= 0.05
@@ -107,7 +82,7 @@ def test_what_comes_under_200_is_booked_before_it_is_read(
     server.set(always=UNREADABLE[name])
     write_params(folder, server, critique=any_share, endpoint={"max_calls": 4, "retries": 6, "concurrency": 4})
     with pytest.raises(BudgetSpentError, match="max_calls = 4"):
-        _critique()
+        critique_here()
     assert server.paid() == 4
 
 
@@ -119,7 +94,7 @@ def test_a_byte_order_mark_and_other_statuses_of_success_are_read(folder: Path, 
     }
     marked = base64.b64encode(b"\xef\xbb\xbf" + json.dumps(completion).encode()).decode()
     server.set(always={"status": status, "base64": marked})
-    _critique()
+    critique_here()
     assert len(server.log()) == COUNT
     assert all(row["failure"] is None for row in rows(folder, "critiques"))
 
@@ -141,7 +116,7 @@ def test_usage_above_the_estimate_is_learnt_and_the_budget_holds(
     server.set(usage={"prompt_tokens": usage[0], "completion_tokens": usage[1]}, latency_s=0.05, keep=False)
     each = (usage[0] * 1 + usage[1] * 10) / 1e6
     with pytest.raises(BudgetSpentError, match=r"max_cost_usd = 0\.5"):
-        _critique()
+        critique_here()
     calls, usd = _booked(capsys.readouterr().err)
     assert calls == server.paid()
     assert usd == pytest.approx(calls * each, abs=1e-4)
@@ -166,7 +141,7 @@ def test_a_usage_that_is_none_books_the_estimate(
     folder: Path, server: Server, usage: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.set(usage=usage)
-    _critique()
+    critique_here()
     said = capsys.readouterr().err
     assert _kept(folder) == COUNT
     planned = re.search(r"at most ([0-9.]+) USD", said)
@@ -179,7 +154,7 @@ def test_requests_that_get_no_answer_are_booked_since_they_may_be_charged(
 ) -> None:
     write_params(folder, server, endpoint={"timeout_s": 0.4, "concurrency": 1})
     server.set(faults=["hang:3"])
-    _critique()
+    critique_here()
     said = capsys.readouterr().err
     assert "1 requests got no answer, may be charged, and were booked as paid" in said
     assert _booked(said) == (COUNT + 1, pytest.approx(COUNT * COST + WORST, abs=0.001))
@@ -207,7 +182,7 @@ ODD: dict[str, dict[str, Any]] = {
 def test_an_oddity_is_the_failure_of_one_call_at_most(folder: Path, server: Server, name: str) -> None:
     write_params(folder, server, critique={"max_failed_share": 0.2}, endpoint={"retries": 0})
     server.set(always={**ODD[name], "only": 'the class "3"'})
-    _critique()
+    critique_here()
     failed = [row for row in rows(folder, "critiques") if row["failure"]]
     assert [row["class_name"] for row in failed] in ([], ["3"])
     assert _kept(folder) == COUNT - len(failed)
@@ -237,7 +212,7 @@ def test_a_failure_of_one_sample_stays_with_it_where_others_succeed(
     concerned = "0" if first else "4"
     write_params(folder, server, critique={"max_failed_share": 0.2}, endpoint={"retries": 0, "concurrency": 1})
     server.set(always={**OF_ONE[name], "only": f'the class "{concerned}"'})
-    _critique()
+    critique_here()
     failed = [row for row in rows(folder, "critiques") if row["failure"]]
     assert [row["class_name"] for row in failed] == [concerned]
     assert "HTTP 502: HTTP 502" not in failed[0]["failure"]
@@ -250,7 +225,7 @@ def test_a_failure_of_one_sample_stays_with_it_where_others_succeed(
 def test_a_reset_connection_stays_with_its_sample(folder: Path, server: Server) -> None:
     write_params(folder, server, critique={"max_failed_share": 0.2}, endpoint={"retries": 0, "concurrency": 1})
     server.set(faults=[None, "disconnect"])
-    _critique()
+    critique_here()
     assert sum(row["failure"] is not None for row in rows(folder, "critiques")) == 1
 
 
@@ -265,7 +240,7 @@ def test_a_key_that_stops_working_ends_the_run_before_all_have_failed(tmp_path: 
 def test_litellms_wrong_key_is_told_as_one(folder: Path, server: Server) -> None:
     server.set(always=_refusal(400, "Authentication Error, Invalid proxy server token passed", "400"))
     with pytest.raises(InputError, match=r"see the variable that critique\.endpoint\.api_key_variable names"):
-        _critique()
+        critique_here()
 
 
 @pytest.mark.parametrize("fault", ["finish:length", "refusal", "finish:content_filter", "empty"])
@@ -276,7 +251,7 @@ def test_an_unusable_critique_is_bought_once_a_run_and_no_more_than_said(
     server.set(always=fault)
     for run_, bought in enumerate((COUNT, COUNT, 0)):
         server.set(always=fault)
-        _critique()
+        critique_here()
         assert server.paid() == bought, run_
     reasons = {row["failure"] for row in rows(folder, "critiques")}
     assert len(reasons) == 1
@@ -284,12 +259,12 @@ def test_an_unusable_critique_is_bought_once_a_run_and_no_more_than_said(
     write_params(folder, server, critique={"max_attempts": 3})
     server.set()
     capsys.readouterr()
-    _critique()
+    critique_here()
     assert server.paid() == COUNT
     assert f"{COUNT} answers were asked for beyond unusable ones" in capsys.readouterr().err
     before = Path("data/critiques.jsonl").read_bytes()
     write_params(folder, server, critique={"max_attempts": 3, "critic": "replay"})
-    _critique()
+    critique_here()
     assert Path("data/critiques.jsonl").read_bytes() == before
     assert _kept(folder) == COUNT
 
@@ -297,11 +272,11 @@ def test_an_unusable_critique_is_bought_once_a_run_and_no_more_than_said(
 def test_replay_repeats_a_failure_that_was_paid(folder: Path, server: Server) -> None:
     write_params(folder, server, critique={"max_failed_share": 1.0})
     server.set(faults=["refusal", "finish:length"])
-    _critique()
+    critique_here()
     before = Path("data/critiques.jsonl").read_bytes()
     server.set()
     write_params(folder, server, critique={"max_failed_share": 1.0, "critic": "replay"})
-    _critique()
+    critique_here()
     assert Path("data/critiques.jsonl").read_bytes() == before
     assert server.log() == []
 
@@ -309,25 +284,25 @@ def test_replay_repeats_a_failure_that_was_paid(folder: Path, server: Server) ->
 def test_a_text_that_names_no_region_is_no_critique(folder: Path, server: Server) -> None:
     write_params(folder, server, critique={"max_failed_share": 1.0})
     server.set(say="I'm sorry, but I can't assist with that request.")
-    _critique()
+    critique_here()
     assert {row["failure"] for row in rows(folder, "critiques")} == {"no critique: it names no region"}
     assert _kept(folder) == 0
     server.set()
-    _judge()
+    judge_here()
     assert server.log() == []  # no Judge makes verdicts of it
 
 
 @pytest.mark.parametrize("kind", ["finish:length", "refusal", "finish:content_filter", "empty"])
 def test_an_answer_of_the_judge_that_is_none_is_one_of_its_attempts(folder: Path, server: Server, kind: str) -> None:
-    _critique()
+    critique_here()
     write_params(folder, server, endpoint={"concurrency": 1})
     server.set(faults=[kind])
-    _judge()
+    judge_here()
     assert all(row["failure"] is None for row in rows(folder, "verdicts"))
     again = [entry["body"]["messages"] for entry in server.log() if len(entry["body"]["messages"]) > 1]
     assert [message["role"] for message in again[0]] == ["user", "assistant", "user"]
     server.set()
-    _judge()
+    judge_here()
     assert server.log() == []
 
 
@@ -335,12 +310,12 @@ def test_invalid_answers_in_the_store_are_gone_beyond_within_a_limit(
     folder: Path, server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.set(say="red: yes, blue: no, yellow: no")
-    _critique()  # one critique for all, so that the Judge has one question
+    critique_here()  # one critique for all, so that the Judge has one question
     write_params(folder, server, judge={"max_attempts": 3, "max_failed_share": 1.0})
     asked = []
     for _ in range(5):
         server.set(always="bad:maybe")
-        _judge()
+        judge_here()
         asked.append(server.paid())
     assert asked == [3, 3, 3, 1, 0]  # ten in all
     assert {row["failure"] for row in rows(folder, "verdicts")} == {
@@ -348,12 +323,12 @@ def test_invalid_answers_in_the_store_are_gone_beyond_within_a_limit(
     }
     shutil.rmtree(folder.parent / "store")
     server.set(say="red: yes, blue: no, yellow: no", always=None)
-    _critique()
+    critique_here()
     server.set(always="bad:maybe")
-    _judge()
+    judge_here()
     server.set()  # mended
     capsys.readouterr()
-    _judge()
+    judge_here()
     assert server.paid() == 1
     assert all(row["failure"] is None for row in rows(folder, "verdicts"))
     assert "answers were asked for beyond unusable ones in the store" in capsys.readouterr().err
@@ -361,16 +336,16 @@ def test_invalid_answers_in_the_store_are_gone_beyond_within_a_limit(
 
 @pytest.mark.parametrize("kind", ["bare_list", "think", "words", "loud", "true", "more"])
 def test_what_can_be_read_in_one_way_is_bought_once(folder: Path, server: Server, kind: str) -> None:
-    _critique()
+    critique_here()
     server.set()
-    _judge()
+    judge_here()
     expected = [row["verdicts"] for row in rows(folder, "verdicts")]
     bought = server.paid()
     for record in list(_store(folder).records()):
         if "response_format" in record["request"]["body"]:
             _store(folder).store.path("calls", record["key"], "json").unlink()
     server.set(always=f"bad:{kind}")
-    _judge()
+    judge_here()
     assert server.paid() == bought
     assert [row["verdicts"] for row in rows(folder, "verdicts")] == expected
 
@@ -379,20 +354,20 @@ def test_another_model_than_the_one_asked_for_is_said(
     folder: Path, server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.set(always={"response": {"model": "gpt-3.5-\x1b[2Jcheap"}})
-    _critique()
+    critique_here()
     said = capsys.readouterr().err
     assert f"warning: critique.endpoint: {COUNT} answers came from 'gpt-3.5-\\u001b[2Jcheap'" in said
     assert "'tester' was asked for" in said
     server.set()
     shutil.rmtree(folder.parent / "store")
-    _critique()  # tester-served is the tester
+    critique_here()  # tester-served is the tester
     assert "warning" not in capsys.readouterr().err
 
 
 def test_an_answer_in_parts_is_read(folder: Path, server: Server) -> None:
     parts = [{"type": "text", "text": "red: yes\nblue: no\n"}, {"type": "text", "text": "yellow: no"}]
     server.set(always={"message": {"content": parts}})
-    _critique()
+    critique_here()
     assert {row["critique"] for row in rows(folder, "critiques")} == {"red: yes\nblue: no\nyellow: no"}
     assert server.paid() == COUNT
 
@@ -435,13 +410,13 @@ def test_a_key_in_disguise_is_found_where_it_is_kept_or_said(
     quoted = f"red blue yellow; your key: {_disguises()[name]} end"
     answer = json.dumps(_whole(server)).replace("red: no", quoted)  # escapes in JSON's own way where there are some
     server.set(always={"text": answer})
-    _critique()
+    critique_here()
     write_params(folder, server, critique={"max_failed_share": 1.0}, endpoint={"model": "other", "retries": 0})
     server.set(always={"status": 500, "text": json.dumps({"error": {"message": "@"}}).replace("@", quoted)})
-    _critique()
+    critique_here()
     server.set(always={"status": 400, "text": quoted})
     with pytest.raises(InputError, match="refuses the request") as caught:
-        _critique()
+        critique_here()
     captured = capsys.readouterr()
     texts = [captured.out, captured.err, str(caught.value)]
     texts += [path.read_text(errors="replace") for path in folder.parent.rglob("*.json*") if path.is_file()]
@@ -456,14 +431,14 @@ def test_a_key_that_cannot_be_sent_is_told_before_anything_is(
     for key in ("sk-ü", "sk 1", "sk\u200b1", "sk\n1"):
         monkeypatch.setenv("LVLMVA_TEST_API_KEY", key)
         with pytest.raises(InputError, match="LVLMVA_TEST_API_KEY holds a character that no API key has"):
-            _critique()
+            critique_here()
     assert server.log() == []
 
 
 def test_a_wait_without_end_is_said_in_words(folder: Path, server: Server) -> None:
     server.set(always="retry_after:1e99")
     with pytest.raises(InputError, match=r"asks to wait more than a week, longer than"):
-        _critique()
+        critique_here()
 
 
 def test_what_was_paid_is_kept_elsewhere_where_the_store_cannot_be_written(
@@ -475,13 +450,13 @@ def test_what_was_paid_is_kept_elsewhere_where_the_store_cannot_be_written(
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "calls").touch()  # where the folder of the records belongs
     with pytest.raises(InputError, match=r"cannot be written .*; answers that were paid are kept in .*unsaved"):
-        _critique()
+        critique_here()
     paid = server.paid()
     saved = next(tmp_path.glob("lvlmva-unsaved-*.jsonl"))
     assert 0 < paid == len(saved.read_text().splitlines()) <= 4
     (tmp_path / "store" / "calls").unlink()
     run(folder, f"lvlmva.cli calls import {saved}", environment(tmp_path / "store"))
-    _critique()
+    critique_here()
     assert server.paid() == COUNT
 
 
@@ -496,7 +471,7 @@ def test_the_flex_tier_is_asked_for_at_its_price_and_leaves_the_key_alone(
     folder: Path, server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_params(folder, server, endpoint=FLEX)
-    _critique()
+    critique_here()
     assert {entry["body"]["service_tier"] for entry in server.log()} == {"flex"}
     said = capsys.readouterr().err
     assert _booked(said)[1] == pytest.approx(COUNT * COST / 2)
@@ -507,7 +482,7 @@ def test_the_flex_tier_is_asked_for_at_its_price_and_leaves_the_key_alone(
         assert record["response"]["service_tier"] == "flex"
     server.set()
     write_params(folder, server)
-    _critique()
+    critique_here()
     assert server.log() == []
 
 
@@ -518,7 +493,7 @@ def test_a_tier_that_the_server_does_not_confirm_is_booked_at_the_dearer_price(
     for tier in ("default", None):
         shutil.rmtree(folder.parent / "store", ignore_errors=True)
         server.set(always={"response": {"service_tier": tier}})
-        _critique()
+        critique_here()
         assert _booked(capsys.readouterr().err)[1] == pytest.approx(COUNT * COST)
 
 
@@ -527,14 +502,14 @@ def test_without_capacity_it_waits_or_goes_on_at_the_standard_tier_as_set(
 ) -> None:
     write_params(folder, server, endpoint={**FLEX, "retries": 0, "concurrency": 1})
     server.set(faults=["no_capacity", "no_capacity"])
-    _critique()  # two waits are no failure, though no retry is allowed
+    critique_here()  # two waits are no failure, though no retry is allowed
     assert len(server.log()) == COUNT + 2
     assert all(row["failure"] is None for row in rows(folder, "critiques"))
     shutil.rmtree(folder.parent / "store")
     write_params(folder, server, endpoint={**FLEX, "without_capacity": "standard", "retries": 0})
     server.set(faults=["no_capacity", "no_capacity"])
     capsys.readouterr()
-    _critique()
+    critique_here()
     tiers = [entry["body"]["service_tier"] for entry in server.log() if entry["paid"]]
     assert sorted(tiers) == ["default"] * 2 + ["flex"] * (COUNT - 2)
     said = capsys.readouterr().err
@@ -556,8 +531,8 @@ def test_an_endpoint_needs_an_address_and_a_model_only(
     content["judge"] = {"judge": "model", "prompts": "decoy_digits", "endpoint": short}
     with (folder / "params.yaml").open("w") as file:
         yaml.dump(content, file)
-    _critique()
-    _judge()
+    critique_here()
+    judge_here()
     assert all(row["failure"] is None for row in rows(folder, "verdicts"))
     assert np.unique([entry["headers"]["authorization"] for entry in server.log()]).tolist() == ["Bearer none"]
     assert "unknown price" not in capsys.readouterr().err  # of this machine

@@ -4,7 +4,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,18 +24,6 @@ from tests.pipeline.calls import (
 )
 
 CONCURRENCY = 16
-
-
-@pytest.fixture(scope="module")
-def process() -> Iterator[Server]:
-    with running_server() as server:
-        yield server
-
-
-@pytest.fixture
-def server(process: Server) -> Server:
-    process.set()
-    return process
 
 
 def _bought(store: Path) -> int:

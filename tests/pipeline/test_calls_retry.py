@@ -2,26 +2,12 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 from ruamel.yaml import YAML
 
-from tests.pipeline.calls import CRITIQUE, JUDGE, Server, environment, project, rows, run, running_server
+from tests.pipeline.calls import CRITIQUE, JUDGE, Server, environment, project, rows, run
 from tests.pipeline.test_calls_shared import BOTH, COUNT, _first
-
-
-@pytest.fixture(scope="module")
-def process() -> Iterator[Server]:
-    with running_server() as server:
-        yield server
-
-
-@pytest.fixture
-def server(process: Server) -> Server:
-    process.set()
-    return process
 
 
 def test_dvc_asks_again_about_what_failed_and_nothing_else(tmp_path: Path, server: Server) -> None:

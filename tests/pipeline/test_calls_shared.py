@@ -6,33 +6,18 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 from ruamel.yaml import YAML
 
-from tests.pipeline.calls import CRITIQUE, JUDGE, ROOT, Server, environment, project, rows, running_server
+from tests.pipeline.calls import COUNT, CRITIQUE, JUDGE, ROOT, Server, environment, project, rows
 
-COUNT = 6
 SEGMENT = (
     "stages.segment --params params.yaml --attributions data/attributions.zarr --images data/images.zarr "
     "--samples data/samples.parquet --segments data/segments.zarr --segment-metrics metrics/segment.json"
 )
 DATA = ["data/images.zarr", "data/samples.parquet", "data/attributions.zarr", "data/spurious_masks.zarr"]
-
-
-@pytest.fixture(scope="module")
-def process() -> Iterator[Server]:
-    with running_server() as server:
-        yield server
-
-
-@pytest.fixture
-def server(process: Server) -> Server:
-    process.set()
-    return process
 
 
 class Clone:

@@ -1,28 +1,15 @@
 """Several answers through the real client against a server on loopback whose answers disagree."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.pipeline.calls import CRITIQUE, JUDGE, Server, endpoint, environment, project, rows, run, running_server
+from tests.pipeline.calls import CRITIQUE, JUDGE, Server, endpoint, environment, project, rows, run
 
 COUNT = 4
 ALL_NO = {"message": {"content": "red: no\nblue: no\nyellow: no"}}
-
-
-@pytest.fixture(scope="module")
-def process() -> Iterator[Server]:
-    with running_server() as server:
-        yield server
-
-
-@pytest.fixture
-def server(process: Server) -> Server:
-    process.set()
-    return process
 
 
 def _metrics(here: Path) -> dict[str, Any]:

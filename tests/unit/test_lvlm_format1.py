@@ -12,9 +12,7 @@ from ruamel.yaml import YAML
 from lvlmva_core.lvlm.calls import check_record
 from lvlmva_core.lvlm.records import CritiqueRow, VerdictRow, read_rows, write_rows
 from lvlmva_core.store import canonical_json
-from stages.critique import critique
-from stages.judge import judge
-from tests.pipeline.calls import KEY, Server, running_server, write_data
+from tests.pipeline.calls import KEY, Server, critique_here, judge_here, running_server, write_data
 
 FORMAT1 = Path(__file__).parents[1] / "fixtures" / "format1"
 STORED = sorted(FORMAT1.glob("*store/calls/*/*.json"))
@@ -73,23 +71,12 @@ def _params(folder: Path, server: Server, endpoint: dict[str, Any], **sections: 
         yaml.dump(content, file)
 
 
-def _critique() -> None:
-    data = Path("data")
-    names = ("images.zarr", "samples.parquet", "segments.zarr", "attributions.zarr", "spurious_masks.zarr")
-    critique(Path("params.yaml"), *(data / name for name in names), Path("prompts"), data / "critiques.jsonl")
-
-
-def _judge() -> None:
-    data = Path("data")
-    judge(Path("params.yaml"), data / "critiques.jsonl", Path("prompts"), data / "verdicts.jsonl", Path("metrics.json"))
-
-
 def test_what_was_bought_is_found_and_only_what_had_failed_is_asked_for(here: Path, process: Server) -> None:
-    _critique()
+    critique_here()
     assert len(process.log()) == 1  # the sample that was refused, of which the first version kept nothing
     shutil.copy(FORMAT1 / "critiques.jsonl", here / "data" / "critiques.jsonl")
     process.set()
-    _judge()
+    judge_here()
     assert process.log() == []  # an invalid answer and the one after it are among them
     assert (here / "data" / "verdicts.jsonl").read_bytes() == (FORMAT1 / "verdicts.jsonl").read_bytes()
 
@@ -101,7 +88,7 @@ def test_what_was_bought_by_the_flex_tier_is_found_whatever_the_tier_now(
     shutil.copytree(FORMAT1 / "flex_store", tmp_path / "flex")
     monkeypatch.setenv("LVLMVA_STORE", str(tmp_path / "flex"))
     _params(here, process, tier)
-    _critique()
+    critique_here()
     assert process.log() == []
     assert len([row for row in read_rows(here / "data" / "critiques.jsonl", CritiqueRow) if row.critique]) == 4
 
@@ -110,7 +97,7 @@ def test_what_was_bought_by_the_flex_tier_is_found_whatever_the_tier_now(
 def test_the_stand_ins_say_what_they_said(here: Path, process: Server, critic: str) -> None:
     rates = {"critic": critic, "false_positive_rate": 0.3}
     _params(here, process, {}, critique=rates, judge={"judge": "rules"})
-    _critique()
-    _judge()
+    critique_here()
+    judge_here()
     for name in ("critiques", "verdicts"):
         assert (here / "data" / f"{name}.jsonl").read_bytes() == (FORMAT1 / f"{critic}_{name}.jsonl").read_bytes()

@@ -1,0 +1,30 @@
+"""A model server on loopback for each module of tests, and a small project that asks it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.pipeline.calls import COUNT, KEY, Server, project, running_server
+
+
+@pytest.fixture(scope="module")
+def process() -> Iterator[Server]:
+    with running_server() as server:
+        yield server
+
+
+@pytest.fixture
+def server(process: Server) -> Server:
+    process.set()
+    return process
+
+
+@pytest.fixture
+def folder(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> Path:
+    here = project(tmp_path / "project", server, COUNT)
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("LVLMVA_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("LVLMVA_TEST_API_KEY", KEY)
+    monkeypatch.delenv("LVLMVA_OFFLINE", raising=False)
+    return here
