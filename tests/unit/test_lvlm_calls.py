@@ -67,6 +67,8 @@ NOT_SENT = {
     "without_capacity": "standard",
     "tier_usd_per_million_input_tokens": 0.5,
     "tier_usd_per_million_output_tokens": 1.0,
+    "batch_usd_per_million_input_tokens": 0.5,
+    "batch_usd_per_million_output_tokens": 1.0,
 }
 PIXELS = np.arange(27, dtype=np.uint8).reshape(3, 3, 3)
 
