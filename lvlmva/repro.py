@@ -29,19 +29,20 @@ def repro(
     Worth its while where one stage leaves cores idle: the methods of the default are aligned and evaluated on one
     thread each. On one GPU, or where memory is short, take `--jobs 1` or `dvc repro`.
     """
-    waiting = changed_stages(Path.cwd())
+    waiting = changed_stages()
     if not waiting:
         typer.echo("Data and pipelines are up to date.")
         return
     # a copy of this process has DVC in memory; where copying is not safe, each imports it anew
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    forked = sys.platform == "linux"
+    start = multiprocessing.get_context("fork").Process if forked else multiprocessing.get_context("spawn").Process
     running: dict[str, BaseProcess] = {}
     failed: list[str] = []
     while running or (waiting and not failed):
         ready = [stage for stage, needed in waiting.items() if not needed]
         for stage in [] if failed else ready[: jobs - len(running)]:
             del waiting[stage]
-            running[stage] = context.Process(target=_run, args=(stage,))
+            running[stage] = start(target=_run, args=(stage,))
             running[stage].start()
         multiprocessing.connection.wait([process.sentinel for process in running.values()])
         for stage, process in list(running.items()):
@@ -58,13 +59,13 @@ def repro(
         )
 
 
-def changed_stages(project: Path) -> dict[str, set[str]]:
+def changed_stages() -> dict[str, set[str]]:
     """Stages that `dvc repro` would look at, each with those of them that must run before it; in DVC's order.
 
     A stage that depends on a changed one is among them: what it finds may be as before, and then DVC leaves it out.
 
     Raises:
-        InputError: `project` is not in a DVC project, or its dvc.yaml or params.yaml cannot be read.
+        InputError: the current folder is not in a DVC project, or its dvc.yaml or params.yaml cannot be read.
     """
     import networkx
     from dvc.exceptions import DvcException
@@ -72,11 +73,11 @@ def changed_stages(project: Path) -> dict[str, set[str]]:
     from dvc.repo.reproduce import get_active_graph
 
     try:
-        with Repo(str(project)) as repo:
+        with Repo() as repo:
             graph = get_active_graph(repo.index.graph)  # from a stage to those that it depends on
             found = repo.status()
     except DvcException as error:
-        raise InputError(f"{project / 'dvc.yaml'}: {error}") from error
+        raise InputError(f"{Path.cwd()}: {error}") from error
     changed = [stage for stage in graph if stage.addressing in found]
     chosen = set(changed).union(*(networkx.ancestors(graph, stage) for stage in changed))
     return {

@@ -101,18 +101,22 @@ def test_a_failed_stage_stops_what_needs_it_and_keeps_what_is_done(tmp_path: Pat
 
 
 @pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")  # what DVC calls of pygtrie
-def test_only_what_changed_and_what_follows_it_is_looked_at_in_an_order_that_works(tmp_path: Path) -> None:
+def test_only_what_changed_and_what_follows_it_is_looked_at_in_an_order_that_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = _project(tmp_path / "p", _diamond())
-    everything = changed_stages(folder)
+    monkeypatch.chdir(folder)
+    everything = changed_stages()
     assert everything == {"first": set(), "left": {"first"}, "right": {"first"}, "last": {"left", "right"}}
     assert next(iter(everything)) == "first"
     assert list(everything)[-1] == "last"
     assert _repro(folder, command="dvc").returncode == 0
-    assert changed_stages(folder) == {}
+    assert changed_stages() == {}
     (folder / "left").write_text("other")
-    assert changed_stages(folder) == {"left": set(), "last": {"left"}}
+    assert changed_stages() == {"left": set(), "last": {"left"}}
 
 
-def test_a_folder_that_is_no_project_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_is_no_project_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="you are not inside of a DVC repository"):
-        changed_stages(tmp_path)
+        changed_stages()
