@@ -18,6 +18,7 @@ from lvlmva.pipeline import deps
 from lvlmva.preset import preset
 from lvlmva.repro import repro
 from lvlmva.results import results
+from lvlmva.review import review
 from lvlmva.sweep import sweep
 from lvlmva_core.errors import InputError
 
@@ -43,6 +44,7 @@ app.command()(repro)
 app.command()(calibrate)
 app.command()(results)
 app.command("explain")(explain_sample)
+app.command()(review)
 app.command()(sweep)
 app.command()(deps)
 app.command("check-model")(check_model_command)

@@ -1,21 +1,17 @@
 """Verdicts and segments to correction masks, with an expert's overrides (LVLM-VA §4.3, supplement A)."""
 
-import csv
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lvlmva_core.errors import InputError
+from lvlmva_core.overrides import VERDICTS, Override
 from lvlmva_core.regions import NO_REGION, segmentation_digest
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-VERDICTS = ("yes", "no", "unsure")
-OVERRIDE_COLUMNS = ["sample", "segmentation", "region", "verdict"]
 
 
 def assemble_mask(segments: "Tensor", verdicts: Mapping[int, str]) -> "Tensor":
@@ -61,60 +57,6 @@ def _rejected(regions: Iterable[int], verdicts: Mapping[int, str]) -> list[int]:
     return rejected
 
 
-@dataclass(frozen=True)
-class Override:
-    """A verdict that an expert gave in place of the Judge's."""
-
-    sample: str
-    segmentation: str
-    region: int
-    verdict: str
-
-
-def read_overrides(path: Path) -> list[Override]:
-    """Read an expert's verdicts: a CSV file with the columns sample, segmentation, region, verdict; a note may follow.
-
-    As spreadsheets save it: commas or semicolons, with or without a byte order mark, "No" as well as "no", empty rows.
-
-    Raises:
-        InputError: the file is missing or not UTF-8, the header differs, or a row is malformed or doubled; the message
-            names the line.
-    """
-    overrides: dict[tuple[str, str, int], Override] = {}
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            delimiter = ";" if ";" in file.readline() else ","
-            file.seek(0)
-            reader = csv.DictReader(file, delimiter=delimiter)
-            header = reader.fieldnames or []
-            if header not in (OVERRIDE_COLUMNS, [*OVERRIDE_COLUMNS, "note"]):
-                raise InputError(
-                    f"{path}: the first line must be '{','.join(OVERRIDE_COLUMNS)}' (a column note may follow), not "
-                    f"'{','.join(header)}'"
-                )
-            for row in reader:
-                where = f"{path}, line {reader.line_num}"
-                if not any(row.values()):
-                    continue
-                if None in row or None in row.values():
-                    raise InputError(f"{where}: expected {len(header)} values")
-                verdict = row["verdict"].strip().lower()
-                if verdict not in VERDICTS:
-                    raise InputError(f"{where}: verdict '{row['verdict']}' is none of {', '.join(VERDICTS)}")
-                if not row["region"].isdecimal():
-                    raise InputError(f"{where}: region '{row['region']}' is not a number")
-                override = Override(row["sample"], row["segmentation"], int(row["region"]), verdict)
-                key = (override.sample, override.segmentation, override.region)
-                if key in overrides:
-                    raise InputError(f"{where}: second verdict for region {override.region} of '{override.sample}'")
-                overrides[key] = override
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; restore it with `git checkout {path}`") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8; save it anew as 'CSV UTF-8'") from error
-    return list(overrides.values())
-
-
 def why_stale(override: Override, digests: Mapping[str, str]) -> str:
     """What an override does not fit, in words.
 
@@ -155,6 +97,7 @@ def assemble_masks(
     Args:
         ids: N samples. segments: uint8 (N, H, W).
         verdicts: sample -> region -> "yes" | "no". failures: sample -> why it has no verdict.
+        overrides: at most one a region, as `overrides.resolve` gives them.
 
     Raises:
         InputError: a sample has neither verdicts nor a failure, a region lacks a verdict, or no sample is left.

@@ -9,7 +9,8 @@ from lvlmva.params import load_params
 from lvlmva_core.arrays import read_array, read_attrs, write_arrays, write_json
 from lvlmva_core.errors import InputError
 from lvlmva_core.lvlm.records import VerdictRow, read_rows
-from lvlmva_core.masks import assemble_masks, read_overrides, why_stale
+from lvlmva_core.masks import assemble_masks, why_stale
+from lvlmva_core.overrides import read_reviews, resolve
 from lvlmva_core.regions import segmentation_digest
 
 
@@ -32,13 +33,21 @@ def mask(params: Path, segments: Path, verdicts: Path, overrides: Path, masks: P
             )
         given[row.sample] = row.by_region()
     no_region = {s: status for s, status in zip(ids, attrs["status"], strict=True) if status != "ok" and s not in given}
-    result = assemble_masks(ids, label_maps, given, {**no_region, **failures}, read_overrides(overrides))
-    for override in result.stale:
-        typer.echo(
-            f"stale override: {overrides}: region {override.region} of '{override.sample}': "
-            f"{why_stale(override, digests)}; review it again or delete the row",
-            err=True,
-        )
+    reviews = read_reviews(overrides)
+    resolved, all_ties = resolve(reviews.events)
+    ties = [tie for tie in all_ties if digests.get(tie.sample) == tie.segmentation]
+    result = assemble_masks(ids, label_maps, given, {**no_region, **failures}, resolved)
+    tied = [
+        f"tie: {overrides}: region {tie.region} of '{tie.sample}': yes by {', '.join(tie.yes)}, no by "
+        f"{', '.join(tie.no)}; the critic's verdict stands"
+        for tie in ties
+    ]
+    stale = [
+        f"stale override: {overrides}: region {each.region} of '{each.sample}' by {', '.join(each.reviewers)}: "
+        f"{why_stale(each, digests)}; it is left out, review it again"
+        for each in result.stale
+    ]
+    typer.echo("".join(f"{line}\n" for line in [*reviews.notes, *tied, *stale]), nl=False, err=True)
     if len(result.left_out) > config.max_failed_share * len(ids):
         raise InputError(
             f"{len(result.left_out)} of {len(ids)} samples have no verdicts, more than mask.max_failed_share = "
@@ -53,7 +62,9 @@ def mask(params: Path, segments: Path, verdicts: Path, overrides: Path, masks: P
         "samples_masked": int(result.masks.any(axis=(1, 2)).sum()),
         "mean_masked_area": float(result.masks.mean()),
         "verdicts_overridden": result.overridden,
+        "reviewers": sorted({event.reviewer for event in reviews.events}),
         "stale_overrides": len(result.stale),
+        "ties": len(ties),
     }
     write_json(mask_metrics, {"mask": summary})
 
