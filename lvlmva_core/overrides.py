@@ -330,14 +330,18 @@ def _event(row: dict[str, str], stem: str, place: int, where: str) -> Event:
     )
 
 
+def _quoted(cell: str) -> str:
+    """As csv does, and also around a carriage return alone, which csv.writer leaves bare before Python 3.13."""
+    doubled = cell.replace('"', '""')
+    return f'"{doubled}"' if any(each in cell for each in ',"\r\n') else cell
+
+
 def _write(path: Path, events: Sequence[Event]) -> None:
-    out = io.StringIO(newline="")
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows([getattr(event, name) for name in COLUMNS] for event in events)
+    rows = [COLUMNS, *([str(getattr(event, name)) for name in COLUMNS] for event in events)]
+    text = "".join(",".join(map(_quoted, row)) + "\n" for row in rows)
     building = path.with_name(f".{path.name}.partial")
     with building.open("wb") as file:
-        file.write(out.getvalue().encode("utf-8"))
+        file.write(text.encode("utf-8"))
         file.flush()
         os.fsync(file.fileno())
     building.replace(path)

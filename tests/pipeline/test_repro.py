@@ -87,7 +87,7 @@ def test_an_expert_changes_a_verdict_and_only_what_follows_reruns(
         file.write(f"{row['sample']},{row['segmentation']},{region},{'yes' if verdict == 'no' else 'no'}\n")
         file.write(f"{row['sample']},{'0' * 64},0,no\n")
     done = project.run("dvc", "repro", "mask")
-    assert f"stale override: overrides/verdicts.csv: region 0 of '{row['sample']}'" in done.stderr
+    assert f"stale override: overrides: region 0 of '{row['sample']}' by verdicts: it is of another" in done.stderr
     summary = json.loads((project.folder / "metrics/mask.json").read_text())["mask"]
     assert (summary["verdicts_overridden"], summary["stale_overrides"]) == (1, 1)
 

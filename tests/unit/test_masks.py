@@ -1,12 +1,11 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
 from lvlmva_core.controls import masks_on_random_pictures, random_masks_like
 from lvlmva_core.errors import InputError
-from lvlmva_core.masks import Override, assemble_mask, assemble_masks, read_overrides, why_stale
+from lvlmva_core.masks import assemble_mask, assemble_masks, why_stale
+from lvlmva_core.overrides import Override
 from lvlmva_core.regions import segmentation_digest
 
 SEGMENTS = np.array([[0, 0, 1], [2, 1, 255]], dtype=np.uint8)
@@ -88,31 +87,6 @@ def test_the_digest_tells_shape_and_pixels_apart() -> None:
     assert len({segmentation_digest(a) for a in (SEGMENTS, other, SEGMENTS.reshape(3, 2))}) == 3
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("sample,region\n", "first line must be"),
-        ("sample,segmentation,region,verdict\na,b,0,perhaps\n", "line 2: verdict 'perhaps'"),
-        ("sample,segmentation,region,verdict\na,b,one,no\n", "line 2: region 'one'"),
-        ("sample,segmentation,region,verdict\na,b,1\n", "line 2: expected 4 values"),
-        ("sample,segmentation,region,verdict\na,b,1,no\na,b,1,yes\n", "line 3: second verdict"),
-    ],
-)
-def test_malformed_overrides_are_named_by_line(tmp_path: Path, content: str, message: str) -> None:
-    file = tmp_path / "verdicts.csv"
-    file.write_text(content)
-    with pytest.raises(InputError, match=message):
-        read_overrides(file)
-
-
-def test_a_header_alone_is_no_override_and_a_missing_file_an_error(tmp_path: Path) -> None:
-    file = tmp_path / "verdicts.csv"
-    with pytest.raises(InputError, match="no such file"):
-        read_overrides(file)
-    file.write_text("sample,segmentation,region,verdict\n")
-    assert read_overrides(file) == []
-
-
 def test_random_masks_keep_area_and_form() -> None:
     masks = np.zeros((20, 9, 11), dtype=bool)
     masks[:, 2:5, 3:9] = True
@@ -138,27 +112,6 @@ def test_masks_on_random_pictures_are_the_same_masks_dealt_anew() -> None:
     assert 5 < dealt[:20].any(axis=(1, 2)).sum() < 15  # half of the pictures, whichever they were
     np.testing.assert_array_equal(masks_on_random_pictures(masks, seed=0), dealt)
     assert (masks_on_random_pictures(masks, seed=1) != dealt).any()
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "sample,segmentation,region,verdict\na,d,2,no\nb,d,0,yes\n",
-        "\ufeffsample;segmentation;region;verdict\r\na;d;2;No\r\nb;d;0; YES\r\n;;;\r\n",
-        "sample,segmentation,region,verdict,note\na,d,2,no,seen by me; twice\nb,d,0,yes,\n",
-    ],
-)
-def test_overrides_are_read_as_spreadsheets_save_them(tmp_path: Path, content: str) -> None:
-    file = tmp_path / "verdicts.csv"
-    file.write_bytes(content.encode())
-    assert read_overrides(file) == [Override("a", "d", 2, "no"), Override("b", "d", 0, "yes")]
-
-
-def test_overrides_in_another_encoding_are_refused_in_one_line(tmp_path: Path) -> None:
-    file = tmp_path / "verdicts.csv"
-    file.write_bytes("sample,segmentation,region,verdict\nMüller,d,2,no\n".encode("latin-1"))
-    with pytest.raises(InputError, match=r"verdicts\.csv: not UTF-8; save it anew as 'CSV UTF-8'"):
-        read_overrides(file)
 
 
 def test_a_stale_override_says_what_it_does_not_fit() -> None:
