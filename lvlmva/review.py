@@ -55,7 +55,7 @@ def review(
         webbrowser.open(address)
     config = uvicorn.Config(
         guarded,
-        log_level="warning",
+        log_level="error",  # what somebody sent that is no HTTP is no news
         access_log=False,  # the token stands in an address
         lifespan="off",
         ws="none",
