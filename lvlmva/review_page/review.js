@@ -21,6 +21,7 @@ const key = (sample, region) => `${sample}:${region}`;
 const verdictOf = (sample, region) => mine.get(key(sample, region));
 const openRegions = (sample) => page.samples[sample].regions.filter(({ region }) => !verdictOf(sample, region));
 const reviewed = (sample) => openRegions(sample).length === 0;
+const onDisk = (sample) => page.samples[sample].regions.every(({ region }) => verdictOf(sample, region)?.saved);
 
 // What a correction is worth most on: where the critic is least sure, then where the model relies most on a region.
 const least = (sample) => Math.min(1, ...sample.regions.map(({ certainty }) => certainty ?? 1));
@@ -95,7 +96,7 @@ function refilter() {
 function showQueue() {
   const items = queue.map((n) => {
     const sample = page.samples[n];
-    const done = reviewed(n);
+    const done = onDisk(n);
     const button = element(
       "button",
       { type: "button", "aria-current": n === place ? "true" : null, onclick: () => show(n) },
@@ -112,7 +113,7 @@ function showQueue() {
 }
 
 function count() {
-  const done = page.samples.filter((_, n) => reviewed(n)).length;
+  const done = page.samples.filter((_, n) => onDisk(n)).length;
   $("counter").textContent = `${done} of ${page.samples.length} reviewed`;
   $("progress").max = page.samples.length;
   $("progress").value = done;
@@ -121,7 +122,7 @@ function count() {
 function mark(n) {
   const sign = $("list").querySelector(`[data-place="${n}"] button`);
   if (sign === null) return;
-  const done = reviewed(n);
+  const done = onDisk(n);
   sign.firstChild.className = done ? "done" : "open";
   sign.firstChild.textContent = done ? "✓" : "○";
   sign.lastChild.textContent = done ? "reviewed" : "not reviewed";

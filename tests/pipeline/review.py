@@ -104,6 +104,13 @@ class ReviewServer:
         self.port = int(self.host.partition(":")[2])
         self.cookie = ""
 
+    def __enter__(self) -> "ReviewServer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.end(signal.SIGKILL)
+
     def log_in(self) -> None:
         """Exchange the token for the cookie."""
         answer = self.ask("GET", f"/?token={self.token}")

@@ -22,10 +22,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReviewServer]:
     """One process for most tests, each of which has reviewers of its own."""
     folder = tmp_path_factory.mktemp("review") / "project"
     write_project(folder)
-    running = ReviewServer(folder)
-    _only_the_token_opens(running)
-    yield running
-    assert running.end(signal.SIGINT) == ""  # no traceback and no log line, whatever was asked
+    with ReviewServer(folder) as running:
+        _only_the_token_opens(running)
+        yield running
+        assert running.end(signal.SIGINT) == ""  # no traceback and no log line, whatever was asked
 
 
 def _only_the_token_opens(server: ReviewServer) -> None:
@@ -230,21 +230,21 @@ def test_killed_at_any_moment_and_started_again_no_answered_verdict_is_lost(tmp_
         assert clicking.is_alive()
     server.end(signal.SIGKILL)
     clicking.join()
-    again = ReviewServer(folder)
-    again.log_in()
-    events = [(e.sample, e.region, e.verdict, e.order) for e in again.events("anna")]
-    assert events[: len(answered)] == answered
-    assert len(events) <= len(answered) + 1  # the one that was under way
-    assert {e.segmentation for e in again.events("anna")} == {segmentation_digest(each) for each in segments}
-    shown = again.get("/api/verdicts?reviewer=anna").json()["verdicts"]
-    assert max(v["order"] for v in shown) == len(events)
-    # the outputs are made anew under a page that is open
-    (folder / "data/segments.zarr/zarr.json").touch()
-    refused = again.say("anna", 0, 0, "yes")
-    assert refused.status == 409
-    assert "have changed since this page was served" in refused.json()["error"]
-    assert len(again.events("anna")) == len(events)
-    assert again.end(signal.SIGTERM) == ""
+    with ReviewServer(folder) as again:
+        again.log_in()
+        events = [(e.sample, e.region, e.verdict, e.order) for e in again.events("anna")]
+        assert events[: len(answered)] == answered
+        assert len(events) <= len(answered) + 1  # the one that was under way
+        assert {e.segmentation for e in again.events("anna")} == {segmentation_digest(each) for each in segments}
+        shown = again.get("/api/verdicts?reviewer=anna").json()["verdicts"]
+        assert max(v["order"] for v in shown) == len(events)
+        # the outputs are made anew under a page that is open
+        (folder / "data/segments.zarr/zarr.json").touch()
+        refused = again.say("anna", 0, 0, "yes")
+        assert refused.status == 409
+        assert "have changed since this page was served" in refused.json()["error"]
+        assert len(again.events("anna")) == len(events)
+        assert again.end(signal.SIGTERM) == ""
 
 
 def test_the_masks_follow_the_reviewers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,14 +25,11 @@ def browser() -> Iterator[Any]:
         running.close()
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReviewServer]:
-    folder = tmp_path_factory.mktemp("review") / "project"
-    write_project(folder)
-    running = ReviewServer(folder)
-    yield running
-    if running.process.poll() is None:
-        running.end(signal.SIGKILL)
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[ReviewServer]:
+    write_project(tmp_path / "project")
+    with ReviewServer(tmp_path / "project") as running:
+        yield running
 
 
 def open_page(browser: Any, server: ReviewServer, reviewer: str, **context: Any) -> tuple[Any, list[str]]:
@@ -100,23 +97,19 @@ def test_verdicts_by_mouse_and_by_key_reach_the_file_and_outlive_the_server(brow
     server.end(signal.SIGKILL)
     page.keyboard.press("n")
     page.locator("#error", has_text="start `lvlmva review` anew").wait_for()
-    again = ReviewServer(server.folder, server.port)
-    page.goto(again.address)
-    page.locator("#pictures svg").first.wait_for()
-    assert page.locator("#name").inner_text() == "s0"
-    pressed = page.locator('.verdicts [aria-pressed="true"]')
-    assert sorted(pressed.evaluate_all("all => all.map(each => each.ariaLabel)")) == [
-        "No: region 3, yellow",
-        "Yes: region 2, blue",
-    ]
-    server.process, server.address, server.token = again.process, again.address, again.token
+    with ReviewServer(server.folder, server.port) as again:
+        page.goto(again.address)
+        page.locator("#pictures svg").first.wait_for()
+        assert page.locator("#name").inner_text() == "s0"
+        pressed = page.locator('.verdicts [aria-pressed="true"]')
+        assert sorted(pressed.evaluate_all("all => all.map(each => each.ariaLabel)")) == [
+            "No: region 3, yellow",
+            "Yes: region 2, blue",
+        ]
 
 
 def test_search_and_filters_and_a_phone(browser: Any, server: ReviewServer) -> None:
-    if server.cookie or not server.address:  # pragma: no cover - the token is of the first page
-        pytest.fail("the server was used already")
-    fresh = ReviewServer(server.folder)
-    page, complaints = open_page(browser, fresh, "bert", viewport={"width": 360, "height": 740}, has_touch=True)
+    page, complaints = open_page(browser, server, "bert", viewport={"width": 360, "height": 740}, has_touch=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     page.locator("#queue summary").click()
     page.locator("#words").fill("corner sample 4")
@@ -130,16 +123,15 @@ def test_search_and_filters_and_a_phone(browser: Any, server: ReviewServer) -> N
     assert page.locator("#shown").inner_text() == "(0)"
     page.locator("#accept").click()
     page.locator("#counter", has_text=f"1 of {COUNT}").wait_for()
-    assert [event.verdict for event in fresh.events("bert")] == ["yes", "yes", "no"]  # the critic's
+    assert [event.verdict for event in server.events("bert")] == ["yes", "yes", "no"]  # the critic's
     assert complaints == []
-    assert fresh.end(signal.SIGINT) == ""
+    assert server.end(signal.SIGINT) == ""
 
 
 def test_another_sites_form_writes_nothing(browser: Any, server: ReviewServer, tmp_path: Path) -> None:
-    fresh = ReviewServer(server.folder)
-    page, _ = open_page(browser, fresh, "dora")
+    page, _ = open_page(browser, server, "dora")
     form = (
-        f'<form method="post" enctype="text/plain" action="http://{fresh.host}/api/verdicts">'
+        f'<form method="post" enctype="text/plain" action="http://{server.host}/api/verdicts">'
         """<input name='{"reviewer":"dora","place":0,"region":0,"verdict":"no","note":"' value='"}'></form>"""
         "<script>document.forms[0].submit()</script>"
     )
@@ -160,5 +152,5 @@ def test_another_sites_form_writes_nothing(browser: Any, server: ReviewServer, t
         assert refused.value.status == 403
         assert "cookie" in refused.value.request.all_headers()
         elsewhere.shutdown()
-    assert fresh.events("dora") == []
-    assert fresh.end(signal.SIGINT) == ""
+    assert server.events("dora") == []
+    assert server.end(signal.SIGINT) == ""
