@@ -41,6 +41,7 @@ class Content:
     verdicts: dict[str, VerdictRow]
     state: dict[str, tuple[int, ...]]
 
+    @cached_property
     def page(self) -> dict[str, Any]:
         """All that the page knows at once; JSON-able."""
         judged = [self.verdicts[sample] for sample in self.ids if sample in self.verdicts]
@@ -95,7 +96,7 @@ class Content:
     def _sample(self, n: int) -> dict[str, Any]:
         row = self.verdicts.get(self.ids[n])
         said = {} if row is None else {each.region: each for each in row.verdicts}
-        label_map = self.label_maps[n]
+        areas = np.bincount(self.label_maps[n].ravel(), minlength=256) / self.label_maps[n].size
         return {
             "id": self.ids[n],
             "class": self.class_names[n],
@@ -107,12 +108,12 @@ class Content:
                     "colour": PALETTE[region].name,
                     "rgb": PALETTE[region].rgb,
                     "share": self.shares[n].get(region, 0.0),
-                    "area": float((label_map == region).mean()),
+                    "area": float(areas[region]),
                     "reliance": None if self.reliance is None else _finite(self.reliance[n, region]),
                     "verdict": said[region].verdict if region in said else None,
                     "certainty": said[region].certainty if region in said else None,
                 }
-                for region in regions_present(label_map)
+                for region in self.shares[n]
             ],
         }
 
@@ -139,7 +140,7 @@ def read_content(known: dict[str, Path]) -> Content:
     digests = [segmentation_digest(label_map) for label_map in label_maps]
     if read_attrs(known["attributions"])["ids"] != ids:
         raise InputError(f"{known['attributions']}: other samples than the segmentations; run `dvc repro segment`")
-    positive = np.maximum(read_array(known["attributions"], "attributions").astype(np.float64), 0)
+    maps = read_array(known["attributions"], "attributions")
     entropies = read_table(known["alignment_set"], ["id", "entropy"]).set_index("id")["entropy"]
     reliance = None
     if known["reliance"].exists() and read_attrs(known["reliance"])["ids"] == ids:
@@ -154,7 +155,7 @@ def read_content(known: dict[str, Path]) -> Content:
         [float(entropies[sample]) for sample in ids],
         label_maps,
         digests,
-        [_shares(effect, label_map) for effect, label_map in zip(positive, label_maps, strict=True)],
+        [_shares(effect, label_map) for effect, label_map in zip(maps, label_maps, strict=True)],
         reliance,
         _rows(known["critiques"], CritiqueRow),
         _rows(known["verdicts"], VerdictRow),
@@ -172,9 +173,11 @@ def _rows(path: Path, kind: Any) -> dict[str, Any]:
     return {row.sample: row for row in read_rows(path, kind)} if path.exists() else {}
 
 
-def _shares(positive: np.ndarray, label_map: np.ndarray) -> dict[int, float]:
+def _shares(attribution: np.ndarray, label_map: np.ndarray) -> dict[int, float]:
+    positive = np.maximum(attribution.astype(np.float64), 0)
+    held = np.bincount(label_map.ravel(), weights=positive.ravel(), minlength=256)
     total = float(positive.sum()) or 1.0
-    return {region: float(positive[label_map == region].sum()) / total for region in regions_present(label_map)}
+    return {region: float(held[region]) / total for region in regions_present(label_map)}
 
 
 def _signed(attribution: np.ndarray) -> np.ndarray:

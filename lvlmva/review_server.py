@@ -149,7 +149,7 @@ class Review:
         )
 
     def _page(self, _: Request) -> Response:
-        return JSONResponse({**self._content.page(), "reviewer": self._reviewer, "folder": str(self._overrides)})
+        return JSONResponse({**self._content.page, "reviewer": self._reviewer, "folder": str(self._overrides)})
 
     def _found(self, request: Request) -> Response:
         return JSONResponse(self._content.with_words(request.query_params.get("words", "")))

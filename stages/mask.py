@@ -13,6 +13,8 @@ from lvlmva_core.masks import assemble_masks, why_stale
 from lvlmva_core.overrides import read_reviews, resolve
 from lvlmva_core.regions import segmentation_digest
 
+SAID = 20  # ties and stale overrides that are named; metrics count them all
+
 
 def mask(params: Path, segments: Path, verdicts: Path, overrides: Path, masks: Path, mask_metrics: Path) -> None:
     """Mask the regions that were judged spurious or irrelevant."""
@@ -47,7 +49,8 @@ def mask(params: Path, segments: Path, verdicts: Path, overrides: Path, masks: P
         f"{why_stale(each, digests)}; it is left out, review it again"
         for each in result.stale
     ]
-    typer.echo("".join(f"{line}\n" for line in [*reviews.notes, *tied, *stale]), nl=False, err=True)
+    for line in [*reviews.notes, *tied[:SAID], *stale[:SAID]]:
+        typer.echo(line, err=True)
     if len(result.left_out) > config.max_failed_share * len(ids):
         raise InputError(
             f"{len(result.left_out)} of {len(ids)} samples have no verdicts, more than mask.max_failed_share = "

@@ -48,29 +48,38 @@ export function centres(labels, height, width) {
   return found;
 }
 
-export function figure({ url, caption, labels, height, width, regions, chosen, mark, choose }) {
-  const drawn = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": caption });
-  drawn.append(svg("image", { href: url, width, height, preserveAspectRatio: "none", class: "pixels" }));
-  const radius = Math.max(width, height) / 26;
+// What is drawn of a label map, found once: region -> {path, place of its number}.
+export function shapesOf(labels, height, width, regions) {
   const middle = centres(labels, height, width);
-  const ordered = [...regions].sort((a, b) => (a.region === chosen) - (b.region === chosen)); // the chosen one on top
-  for (const { region } of ordered) {
-    const path = outline(labels, height, width, region);
-    const state = region === chosen ? "chosen" : "";
-    drawn.append(svg("path", { d: path, class: `edge under ${state}` }), svg("path", { d: path, class: `edge over ${state}` }));
-  }
-  for (const { region } of regions) {
-    const place = middle.get(region);
-    if (place === undefined) continue;
-    const label = svg("g", { class: region === chosen ? "number chosen" : "number" });
-    const [x, y] = [Math.min(Math.max(place.x, radius), width - radius), Math.min(Math.max(place.y, radius), height - radius)];
-    const half = mark(region) === "" ? radius : radius * 1.5; // wider with a verdict's mark
-    label.append(
-      svg("rect", { x: x - half, y: y - radius, width: 2 * half, height: 2 * radius, rx: radius }),
-      svg("text", { x, y: y + radius * 0.42, "font-size": radius * 1.25 }, `${region + 1}${mark(region)}`),
+  return new Map(regions.map(({ region }) => [region, { path: outline(labels, height, width, region), middle: middle.get(region) }]));
+}
+
+// A figure whose outlines are drawn anew by `update`; the picture below them is fetched once.
+export function figure({ url, caption, labels, shapes, height, width, choose }) {
+  const lines = svg("g");
+  const drawn = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": caption });
+  drawn.append(svg("image", { href: url, width, height, preserveAspectRatio: "none", class: "pixels" }), lines);
+  const radius = Math.max(width, height) / 26;
+  const within = (at, half, size) => Math.min(Math.max(at, half), size - half);
+
+  function update(chosen, mark) {
+    const ordered = [...shapes].sort(([a], [b]) => (a === chosen) - (b === chosen)); // the chosen one on top
+    const edges = ordered.flatMap(([region, { path }]) =>
+      ["under", "over"].map((which) => svg("path", { d: path, class: `edge ${which} ${region === chosen ? "chosen" : ""}` })),
     );
-    drawn.append(label);
+    const numbers = ordered.map(([region, { middle }]) => {
+      const half = mark(region) === "" ? radius : radius * 1.5; // wider with a verdict's mark
+      const [x, y] = [within(middle.x, half, width), within(middle.y, radius, height)];
+      return svg(
+        "g",
+        { class: region === chosen ? "number chosen" : "number" },
+        svg("rect", { x: x - half, y: y - radius, width: 2 * half, height: 2 * radius, rx: radius }),
+        svg("text", { x, y: y + radius * 0.42, "font-size": radius * 1.25 }, `${region + 1}${mark(region)}`),
+      );
+    });
+    lines.replaceChildren(...edges, ...numbers);
   }
+
   drawn.addEventListener("click", (event) => {
     const box = drawn.getBoundingClientRect();
     const column = Math.floor(((event.clientX - box.left) / box.width) * width);
@@ -78,5 +87,5 @@ export function figure({ url, caption, labels, height, width, regions, chosen, m
     const region = labels[Math.min(row, height - 1) * width + Math.min(column, width - 1)];
     if (region !== NO_REGION) choose(region);
   });
-  return element("figure", {}, drawn, element("figcaption", {}, caption));
+  return { node: element("figure", {}, drawn, element("figcaption", {}, caption)), update };
 }

@@ -1,7 +1,7 @@
 // The review page: a queue of samples, a verdict a region, each sent at once and marked when it is on the disk.
 
 import { $, ask, element, say } from "./dom.js";
-import { figure } from "./picture.js";
+import { figure, shapesOf } from "./picture.js";
 
 const WORDS = { yes: "Yes", no: "No", unsure: "Unsure" };
 const MARKS = { yes: "✓", no: "✕", unsure: "?" };
@@ -15,6 +15,7 @@ let found = null; // places whose critique holds the words, or null
 let place = 0; // of the sample that is shown
 let chosen = null; // its region
 let labels = new Map(); // place -> label map
+let figures = []; // of the sample that is shown; none until its label map is there
 let writing = Promise.resolve(); // one after the other
 
 const key = (sample, region) => `${sample}:${region}`;
@@ -144,40 +145,43 @@ async function show(n, region = null) {
     item.firstChild.toggleAttribute("aria-current", current);
     if (current) item.scrollIntoView({ block: "nearest" });
   }
+  figures = [];
   draw();
   try {
     const [map, said] = await Promise.all([labels.get(n) ?? ask(`api/samples/${n}/labels`), ask(`api/samples/${n}/critique`)]);
     labels.set(n, map);
     if (place !== n) return; // somebody was faster
     $("critique").textContent = said.critique;
+    drawPictures(n, map);
     draw();
   } catch (error) {
-    fail(error);
+    if ($("error").hidden) fail(error); // what was not saved is worse than what is not shown
   }
+}
+
+function drawPictures(n, map) {
+  const { height, width } = page;
+  const shapes = shapesOf(map, height, width, page.samples[n].regions);
+  figures = Object.entries(PICTURES).map(([kind, caption]) =>
+    figure({ url: `api/samples/${n}/${kind}.png`, caption, labels: map, shapes, height, width, choose }),
+  );
+  $("pictures").replaceChildren(...figures.map(({ node }) => node));
 }
 
 function draw() {
   const sample = page.samples[place];
-  const map = labels.get(place);
-  const mark = (region) => MARKS[verdictOf(place, region)?.verdict] ?? "";
-  const drawn = Object.entries(PICTURES).map(([kind, caption]) =>
-    map === undefined
-      ? element("figure", {}, element("div", { class: "waiting" }), element("figcaption", {}, caption))
-      : figure({
-          url: `api/samples/${place}/${kind}.png`,
-          caption,
-          labels: map,
-          height: page.height,
-          width: page.width,
-          regions: sample.regions,
-          chosen,
-          mark,
-          choose,
-        }),
-  );
-  $("pictures").replaceChildren(...drawn);
+  const focused = $("regions").contains(document.activeElement) ? document.activeElement.getAttribute("aria-label") : null;
+  if (figures.length === 0) {
+    const waiting = Object.values(PICTURES).map((caption) =>
+      element("figure", {}, element("div", { class: "waiting" }), element("figcaption", {}, caption)),
+    );
+    $("pictures").replaceChildren(...waiting);
+  }
+  for (const { update } of figures) update(chosen, (region) => MARKS[verdictOf(place, region)?.verdict] ?? "");
   $("regions").replaceChildren(...sample.regions.map((each) => row(each)));
   if (sample.regions.length === 0) $("regions").append(element("li", {}, "No region: the model has no positive attribution here."));
+  const again = [...$("regions").querySelectorAll("button")].find((each) => each.getAttribute("aria-label") === focused);
+  again?.focus();
   $("undo").disabled = mine.size === 0;
   $("accept").disabled = !openRegions(place).some(({ verdict }) => verdict !== null);
 }
@@ -242,6 +246,7 @@ function give(region, verdict, advance = true) {
   const sample = place;
   const body = { reviewer, place: sample, region, verdict, note: $("note").value };
   $("note").value = "";
+  const before = verdictOf(sample, region);
   const sent = { verdict, note: body.note, saved: false };
   mine.set(key(sample, region), sent);
   writing = writing.then(async () => {
@@ -252,8 +257,12 @@ function give(region, verdict, advance = true) {
       say("error", "");
       $("status").textContent = `${WORDS[verdict]} for region ${region + 1} is saved`;
     } catch (error) {
-      fail(error);
-      await reload().catch(fail);
+      if (mine.get(key(sample, region)) === sent) {
+        if (before === undefined) mine.delete(key(sample, region));
+        else mine.set(key(sample, region), before);
+      }
+      fail(new Error(`not saved, region ${region + 1} of ${page.samples[sample].id}: ${error.message}`));
+      await reload().catch(() => {}); // said just now
     }
     mark(sample);
     count();

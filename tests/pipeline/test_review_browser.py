@@ -96,7 +96,8 @@ def test_verdicts_by_mouse_and_by_key_reach_the_file_and_outlive_the_server(brow
     # killed between two clicks: the next one is refused aloud and taken back, what was saved is there again
     server.end(signal.SIGKILL)
     page.keyboard.press("n")
-    page.locator("#error", has_text="start `lvlmva review` anew").wait_for()
+    page.locator("#error", has_text="not saved, region 1 of s0: the server does not answer").wait_for()
+    assert page.locator('#regions [data-region="0"] [aria-pressed="true"]:not(.choose)').count() == 0
     with ReviewServer(server.folder, server.port) as again:
         page.goto(again.address)
         page.locator("#pictures svg").first.wait_for()
