@@ -359,7 +359,7 @@ function bind() {
       writing = writing.then(() => reload().then(() => (showQueue(), draw()), fail));
     }
   });
-  if (matchMedia("(max-width: 50rem)").matches) $("queue").open = false;
+  if (matchMedia("(max-width: 60rem)").matches) $("queue").open = false;
   document.addEventListener("keydown", onKey);
 }
 
