@@ -47,6 +47,15 @@ def open_page(browser: Any, server: ReviewServer, reviewer: str, **context: Any)
     return page, complaints
 
 
+def barriers(page: Any) -> list[str]:
+    """What axe-core finds against WCAG 2.2 AA: rule and element."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    rules = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
+    found = axe.run(page, options={"runOnly": rules}).response
+    assert len(found["passes"]) > 15
+    return [f"{rule['id']}: {node['html'][:200]}" for rule in found["violations"] for node in rule["nodes"]]
+
+
 def test_verdicts_by_mouse_and_by_key_reach_the_file_and_outlive_the_server(browser: Any, server: ReviewServer) -> None:
     page, complaints = open_page(browser, server, "anna", viewport={"width": 1280, "height": 900})
     assert server.token not in page.url
@@ -86,8 +95,12 @@ def test_verdicts_by_mouse_and_by_key_reach_the_file_and_outlive_the_server(brow
     page.locator("#name", has_text="s0").wait_for()
     page.locator("#counter", has_text=f"0 of {COUNT}").wait_for()
     assert [event.verdict for event in server.events("anna")] == ["no", "yes", "unsure", "undo"]
+    assert barriers(page) == []
+    page.emulate_media(color_scheme="dark")
+    assert barriers(page) == []
     page.keyboard.press("?")
     assert page.locator("#help-box").is_visible()
+    assert barriers(page) == []
     page.keyboard.press("n")  # no verdict behind an open box
     page.keyboard.press("Escape")
     assert len(server.events("anna")) == 4
@@ -112,6 +125,7 @@ def test_verdicts_by_mouse_and_by_key_reach_the_file_and_outlive_the_server(brow
 def test_search_and_filters_and_a_phone(browser: Any, server: ReviewServer) -> None:
     page, complaints = open_page(browser, server, "bert", viewport={"width": 360, "height": 740}, has_touch=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert barriers(page) == []
     page.locator("#queue summary").click()
     page.locator("#words").fill("corner sample 4")
     page.locator("#shown", has_text="(1)").wait_for()
