@@ -131,13 +131,15 @@ class CritiqueRow(Row):
 class VerdictRow(Row):
     """Verdicts of a critique's regions, each once. records: the calls that they came from, all attempts in order.
 
-    answers: where several were asked for, what each was judged to say; `verdicts` are their votes, and `records` empty.
+    answers: where several were asked for, what each was judged to say; `verdicts` are their votes by the rule `votes`,
+    and `records` empty.
     """
 
     judge: Text
     verdicts: list[Verdict]
     records: list[Record]
     answers: list[JudgedAnswer] = Field(default_factory=list)
+    votes: Literal["majority", "unanimous"] = "majority"
 
     def all_answers(self) -> Sequence[JudgedAnswer]:
         """Several answers, or none where one was asked for."""
