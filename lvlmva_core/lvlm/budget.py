@@ -81,7 +81,8 @@ class Spent:
 
     calls: answers that came, and requests that may have been charged without one (unanswered). unreadable: answers
     that were paid and could not be read, of these. other_tier: served by the standard tier for lack of capacity.
-    served: how many answers came under a name that is not the model's.
+    served: how many answers came under a name that is not the model's. elsewhere, lost: answers that were paid and
+    that the store could not take: kept in another file, or nowhere.
     """
 
     calls: int = 0
@@ -94,6 +95,8 @@ class Spent:
     unreadable: int = 0
     other_tier: int = 0
     served: dict[str, int] = field(default_factory=dict)
+    elsewhere: int = 0
+    lost: int = 0
 
 
 class Budget:
