@@ -581,6 +581,8 @@ def _account(client: Client, started: float) -> Iterator[str]:
             f"{section}: {spent.other_tier} requests went to the standard tier at its price, since "
             f"'{client.endpoint.service_tier}' had no capacity (without_capacity: standard)"
         )
+    if spent.short:
+        yield f"warning: {section}: {short_inputs(spent)}"
     if spent.elsewhere:
         place = save_place()
         yield f"{section}: {spent.elsewhere} answers were paid and are kept in {place}, since the store took none"
@@ -588,6 +590,14 @@ def _account(client: Client, started: float) -> Iterator[str]:
         yield f"warning: {section}: {spent.lost} answers were paid and could be kept nowhere; they are lost"
     for name, count in sorted(spent.served.items()):
         yield f"warning: {section}: {count} answers came from '{name}'; '{client.endpoint.model}' was asked for"
+
+
+def short_inputs(spent: Spent) -> str:
+    """What it means that answers state too few input tokens."""
+    return (
+        f"{spent.short} of {spent.calls} answers state fewer tokens in than what was sent must take: pictures may have "
+        "been dropped, or the prompt cut off (docs/critics.md, 'Too few tokens')"
+    )
 
 
 def _too_many(failed: list[str], total: int, section: str, share: float) -> str:

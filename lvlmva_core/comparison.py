@@ -287,7 +287,11 @@ def answers_against_truth(
         for record in several
         for region, verdict in record.by_region().items()
     ]
-    voted = {"votes": rule, "regions_voted": len(right), "accuracy_of_verdicts": float(np.mean(right)) if right else None}
+    voted = {
+        "votes": rule,
+        "regions_voted": len(right),
+        "accuracy_of_verdicts": float(np.mean(right)) if right else None,
+    }
     return {"answers": {"overlap": overlap, **voted, **summary}}
 
 

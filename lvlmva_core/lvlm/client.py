@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from lvlmva_core.errors import InputError
-from lvlmva_core.lvlm.budget import Budget, Spent, estimate_input_tokens
+from lvlmva_core.lvlm.budget import Budget, Spent, estimate_input_tokens, is_short
 from lvlmva_core.lvlm.calls import KIND, Call, CallStore, Record, answer_text, make_record, said, why_unusable
 from lvlmva_core.lvlm.redact import printable, remove_secret
 from lvlmva_core.lvlm.replies import (
@@ -380,6 +380,7 @@ class Client:
     def _succeed(self, response: Mapping[str, Any], call: Call) -> None:
         self.succeeded += 1
         self.doubts.clear()
+        self.spent.short += is_short(response, call.text_size(), len(call.pictures()))
         served = response.get("model")
         if isinstance(served, str) and not _same_model(call.model, served):
             name = printable(served)[:80]

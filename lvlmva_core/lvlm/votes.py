@@ -217,9 +217,7 @@ def cascade_cost(first: Sequence[float], last: Sequence[float | None]) -> Cascad
     return CascadeCost(len(last), len(asked), float(sum(first)), float(sum(asked)), everything)
 
 
-def error_summary(
-    rejected: np.ndarray, truth: np.ndarray, names: Sequence[str], rule: Rule | None
-) -> dict[str, Any]:
+def error_summary(rejected: np.ndarray, truth: np.ndarray, names: Sequence[str], rule: Rule | None) -> dict[str, Any]:
     """How the answers err against the truth, and whether they do so together.
 
     Args:

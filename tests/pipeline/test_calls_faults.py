@@ -151,6 +151,28 @@ def test_a_usage_that_is_none_books_the_estimate(
     assert _booked(said)[1] >= float(planned[1]) - 1e-4
 
 
+def test_too_few_tokens_in_are_said_once_and_counted(
+    folder: Path, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As servers count that drop pictures, or cut the prompt off; one that states nothing is not accused."""
+    shorter = {"usage": {"prompt_tokens": 300, "completion_tokens": 100}}
+    server.set(always={"response": shorter, "only": 'the class "3"'})
+    critique_here()
+    said = capsys.readouterr().err
+    assert said.count("tokens in than what was sent must take") == 1
+    assert f"warning: critique.endpoint: 1 of {COUNT} answers state fewer" in said
+    text = server.log()[0]["body"]["messages"][0]["content"][0]["text"]
+    assert len(text) / 4 > 300  # so that what it says is true
+    for usage in ({}, {"usage": None}, {"usage": {"prompt_tokens": 0}}):
+        shutil.rmtree(folder.parent / "store")
+        server.set(always={"response": usage}, usage=False)
+        critique_here()
+        assert "must take" not in capsys.readouterr().err
+    server.set(usage={"prompt_tokens": 3, "completion_tokens": 20})  # a template that drops the critique
+    judge_here()
+    assert "judge.endpoint: 2 of 2 answers state fewer" in capsys.readouterr().err
+
+
 def test_requests_that_get_no_answer_are_booked_since_they_may_be_charged(
     folder: Path, server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -502,7 +524,7 @@ NO_MOUNT = subprocess.run(
 
 @pytest.mark.skipif(NO_MOUNT != 0, reason="no file system of one's own can be mounted here (unshare -rm)")
 def test_a_disk_that_fills_up_loses_nothing_and_is_told_as_full(tmp_path: Path, server: Server) -> None:
-    """A store on a disk of 160 KB, long answers: what does not fit is kept elsewhere, and taken in once there is room."""
+    """A store on a disk of 160 KB: what does not fit is kept elsewhere, and taken in when there is room."""
     here, variables = project(tmp_path / "p", server, 6, endpoint={"concurrency": 2}), environment(tmp_path / "store")
     (tmp_path / "store").mkdir()
     server.set(always=LONG)
@@ -519,8 +541,8 @@ def test_a_disk_that_fills_up_loses_nothing_and_is_told_as_full(tmp_path: Path, 
     kept = _whole_records(tmp_path / "copy")
     saved = next(tmp_path.glob("lvlmva-unsaved-*.jsonl"))
     elsewhere = len(saved.read_bytes().splitlines())
-    assert 0 < elsewhere
-    assert 0 < kept
+    assert elsewhere > 0
+    assert kept > 0
     assert kept + elsewhere == server.paid() < 6
     assert f"{elsewhere} answers were paid and are kept in {saved}" in said
     shutil.rmtree(tmp_path / "store")

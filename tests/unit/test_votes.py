@@ -75,7 +75,9 @@ def test_copies_gain_nothing_and_independent_errors_are_as_expected() -> None:
     assert accuracy_of_votes(copies, truth, "majority") == np.mean(one == truth)
     assert accuracy_if_independent(copies, truth, "majority") > accuracy_of_votes(copies, truth, "majority") + 0.05
     apart = np.stack([truth ^ (draw.random(4000) < 0.2) for _ in range(3)], axis=1).astype(float)
-    assert accuracy_of_votes(apart, truth, "majority") == pytest.approx(accuracy_if_independent(apart, truth, "majority"), abs=0.02)
+    assert accuracy_of_votes(apart, truth, "majority") == pytest.approx(
+        accuracy_if_independent(apart, truth, "majority"), abs=0.02
+    )
     assert accuracy_if_independent(apart, truth, "majority") == pytest.approx(0.8**3 + 3 * 0.8**2 * 0.2, abs=0.02)
     assert error_correlations(np.stack([truth, one], 1).astype(float), truth) == {(0, 1): None}
 
