@@ -84,7 +84,7 @@ def read_chain(sample: str, known: dict[str, Path]) -> Chain:
     Raises:
         InputError: the data set is not prepared, or has no such sample.
     """
-    from lvlmva_core.arrays import read_table
+    from lvlmva_core.arrays import read_attrs, read_table
     from lvlmva_core.lvlm.records import CritiqueRow, VerdictRow
     from lvlmva_core.regions import regions_present
     from lvlmva_core.render import COLOUR_NAMES
@@ -136,7 +136,8 @@ def read_chain(sample: str, known: dict[str, Path]) -> Chain:
             }
             for region in regions_present(chain.segments)
         ]
-    chain.mask = _row(chain, known["masks"], "masks", "mask")
+    weighed = known["masks"].exists() and read_attrs(known["masks"]).get("weights")
+    chain.mask = _row(chain, known["masks"], "weights" if weighed else "masks", "mask")
     chain.after = _row(chain, known["explanations"], "attributions", "explain")
     return chain
 

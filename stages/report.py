@@ -11,7 +11,7 @@ from lvlmva_core.comparison import SUBJECT
 from lvlmva_core.outputs import BASE, read_outputs
 from lvlmva_core.report.figures import save_figure
 from lvlmva_core.report.findings import Findings, figures_of, page_of
-from lvlmva_core.samples import read_images, read_samples, rows_of_ids
+from lvlmva_core.samples import read_images, read_penalised, read_samples, rows_of_ids
 
 
 def report(
@@ -35,10 +35,10 @@ def report(
     arrays = (
         ("before", attributions, "attributions"),
         ("segments", segments, "segments"),
-        ("masks", masks, "masks"),
         ("after", explanations, "attributions"),
     )
     parts = {name: (read_attrs(path), read_array(path, array)) for name, path, array in arrays}
+    parts["masks"] = (read_attrs(masks), read_penalised(masks)[1])
     found = Findings(
         content=read_json(evaluation),
         about=read_attrs(images),

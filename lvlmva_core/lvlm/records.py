@@ -157,6 +157,19 @@ class VerdictRow(Row):
         """Region -> "yes" | "no"."""
         return {each.region: each.verdict for each in self.verdicts}
 
+    def shares_rejecting(self) -> dict[int, float]:
+        """Region -> share of the votes that reject it, 0..1.
+
+        Raises:
+            InputError: there were no votes.
+        """
+        if self.failure is None and any(each.certainty is None for each in self.verdicts):
+            raise InputError(f"'{self.sample}' has one answer, which casts no votes; run `dvc repro critique`")
+        return {
+            each.region: (each.certainty or 0.0) if each.verdict == "no" else 1.0 - (each.certainty or 0.0)
+            for each in self.verdicts
+        }
+
 
 AnyRow = TypeVar("AnyRow", bound=Row)
 
