@@ -120,11 +120,13 @@ class PenaltyTests:
                 self.penalty().measure(model, images, wrong, labels)
 
     def test_the_closed_form_is_what_double_backward_gives(self) -> None:
-        """For ReLU MLPs of several depths, where it has one: losses and gradients."""
+        """For ReLU MLPs of several depths, where it has one: losses and gradients, inside masks and weights."""
         if self.penalty().closed_form is None:
             return
-        for depth in (1, 2, 3):
-            model, (images, masks, labels) = _mlp(depth), _batch()
+        images, hard, labels = _batch()
+        weights = torch.from_numpy(np.random.default_rng(1).random(hard.shape))
+        for depth, masks in ((1, hard), (2, hard), (3, hard), (3, weights)):
+            model = _mlp(depth)
             layers = linear_layers(model)
             assert layers is not None
             rrr_lambda = 0.7
