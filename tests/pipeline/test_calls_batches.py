@@ -2,21 +2,38 @@
 
 import base64
 import json
+import shutil
 import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from lvlmva.batches import fetch, submit
 from lvlmva_core.errors import InputError
 from lvlmva_core.lvlm.batches import export_calls, read_ledger
 from lvlmva_core.lvlm.calls import Call, Message
 from lvlmva_core.lvlm.client import Question
 from lvlmva_core.lvlm.settings import Endpoint
 from lvlmva_core.store import Store
-from tests.pipeline.calls import CRITIQUE, JUDGE, KEY, Server, environment, project, rows, run, running_server, start
+from stages.judge import judge
+from tests.pipeline.calls import (
+    CRITIQUE,
+    JUDGE,
+    KEY,
+    Server,
+    critique_here,
+    environment,
+    judge_here,
+    project,
+    rows,
+    run,
+    running_server,
+    start,
+)
 from tests.pipeline.test_calls_shared import _first as first_clone
 
 ENDPOINT = Endpoint(base_url="http://127.0.0.1:1/v1", model="m")
@@ -145,6 +162,37 @@ def test_results_of_a_run_without_a_host_are_imported(tmp_path: Path, server: Se
     (here / "results.jsonl").write_text("".join(json.dumps(each) + "\n" for each in results))
     assert "1 lost, 3 stored" in run(here, "lvlmva.cli calls import-batch results.jsonl", variables)
     assert "3 answers in the store, 1 calls to buy" in run(here, CRITIQUE, variables)
+
+
+def test_second_attempts_of_the_judge_go_into_the_next_batch(
+    folder: Path, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    critique_here()
+    data = Path("data")
+
+    def one_batch(said: str | None) -> list[dict[str, Any]]:
+        """Export what the Judge is to be asked, submit, fetch; the requests."""
+        shutil.rmtree("out", ignore_errors=True)
+        judge(
+            Path("params.yaml"), data / "critiques.jsonl", Path("prompts"), data / "v", data / "m", False, Path("out")
+        )
+        (file,) = Path("out").glob("judge-*.jsonl")
+        submit([file], Path("params.yaml"))
+        server.set(batch={"say": said})
+        fetch(Path("params.yaml"))
+        return [json.loads(line)["body"] for line in file.read_text().splitlines()]
+
+    first = one_batch("It is hard to say.")  # paid, kept, and no verdicts
+    second = one_batch(None)
+    assert [len(body["messages"]) for body in first] == [1] * len(first)
+    assert [[turn["role"] for turn in body["messages"]] for body in second] == [["user", "assistant", "user"]] * len(
+        first
+    )
+    assert {body["messages"][1]["content"] for body in second} == {"It is hard to say."}
+    server.set()
+    judge_here()
+    assert server.log() == []
+    assert all(row["failure"] is None and len(row["records"]) == 2 for row in rows(folder, "verdicts"))
 
 
 def test_a_batch_that_is_cancelled_keeps_what_was_answered(tmp_path: Path, server: Server) -> None:

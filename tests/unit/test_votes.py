@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lvlmva.several import cost_of, describe
 from lvlmva_core.comparison import answers_against_truth
-from lvlmva_core.lvlm.records import VerdictRow
+from lvlmva_core.lvlm.records import CritiqueRow, VerdictRow
+from lvlmva_core.lvlm.settings import ModelCritic
 from lvlmva_core.lvlm.votes import (
     accuracy_if_independent,
     accuracy_of_votes,
@@ -161,6 +163,33 @@ def test_a_cascade_by_hand() -> None:
     assert (cost.asked_further, cost.first, cost.last, cost.total, cost.everything) == (2, 8.0, 20.0, 28.0, 40.0)
     assert cascade_cost([1.0], [None]).everything is None
     assert why_further([same, None], 0.0, disagreement=True, reliance_above=None) == ["failure"]
+
+
+def test_a_model_on_this_machine_is_free_in_the_cost_of_a_cascade() -> None:
+    """Three answers at 0 USD each, and one at (1000 · 2 + 100 · 10) / 10⁶ where the cascade asked further."""
+    here = {"base_url": "http://localhost:8000/v1", "model": "small"}
+    price = {"usd_per_million_input_tokens": 2.0, "usd_per_million_output_tokens": 10.0}
+    there = {"base_url": "https://models.invalid/v1", "model": "big", "api_key_variable": None, **price}
+    config = ModelCritic.model_validate(
+        {
+            **{"critic": "model", "prompts": "knee", "endpoint": here, "samples": 3, "cascade": {"disagreement": True}},
+            "critics": [{"critic": "model", "endpoint": there}],
+        }
+    )
+    record = {"response": {"usage": {"prompt_tokens": 1000, "completion_tokens": 100}}}
+    rows = [_answered(3, record, []), _answered(4, record, ["disagreement"])]
+    cost = cost_of(config, rows)
+    assert (cost.first, cost.last, cost.everything) == (0.0, pytest.approx(0.003), pytest.approx(0.006))
+    assert "cost 0.0030 USD (0.0000 USD first, 0.0030 USD then)" in describe(cost, config.critics[-1], priced=True)
+
+
+def _answered(count: int, record: dict[str, Any], further: list[str]) -> CritiqueRow:
+    """A row with three answers of the first critic, and of the last one what is above that."""
+    shared = {"critic": "c", "settings": {}, "failure": None, "critique": "red", "record": record}
+    answers = [{"place": n // 3, "index": n % 3, **shared} for n in range(count)]
+    row = {"sample": "s", "segmentation": "d", "critic": "c", "settings": {}, "failure": None, "regions": []}
+    row |= {"class_name": "k", "critique": "red", "record": None, "answers": answers, "further": further}
+    return CritiqueRow.model_validate(row)
 
 
 def test_reliance_is_the_largest_share() -> None:
