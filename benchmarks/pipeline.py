@@ -47,8 +47,9 @@ def main() -> None:
             two_at_a_time.append(_seconds([*COMMAND, "repro", "--jobs", "2"], clone))
     sys.stdout.write(
         f"{_table(rounds, nothing, starts, two_at_a_time)}\n\nMedians of {arguments.rounds} rounds, in turn, from an "
-        f"empty store; before: {arguments.against}, by `dvc repro`; Python {platform.python_version()}, {os.cpu_count()} cores, load average "
-        f"{os.getloadavg()[0]:.1f} at the end; {datetime.date.today().isoformat()}.\n"
+        f"empty store; before: {arguments.against}, by `dvc repro`; Python {platform.python_version()}, "
+        f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} at the end; "
+        f"{datetime.date.today().isoformat()}.\n"
     )
 
 
