@@ -35,10 +35,9 @@ def run(stage: Callable[..., Any]) -> None:
     except OSError as error:
         if error.errno not in _FULL:
             raise
-        where = f"{error.filename}: " if error.filename else ""
         typer.echo(
-            f"error: {name.removeprefix('stages.')}: {where}cannot be written ({error.strerror}); make room and repeat "
-            "the command; what was paid or computed is in the store",
+            f"error: {name.removeprefix('stages.')}: {error.filename or 'an output'} cannot be written "
+            f"({error.strerror}); make room and repeat the command; what was paid for is in the store",
             err=True,
         )
         raise SystemExit(1) from None

@@ -418,10 +418,9 @@ class Host:
                     f"{host}: HTTP {error.status_code}: {self._safe(message)}; the ledger is kept; repeat the command"
                 ) from None
             except (openai.APIConnectionError, TimeoutError) as error:
-                cause = str(error.__cause__ or error)
-                raise InputError(
-                    f"{host}: no answer ({self._safe(cause)}); the ledger is kept; repeat the command"
-                ) from None
+                cause = error.__cause__ or error
+                told = self._safe(str(cause) or type(cause).__name__)
+                raise InputError(f"{host}: no answer ({told}); the ledger is kept; repeat the command") from None
 
     def _safe(self, text: str) -> str:
         return printable(" ".join(str(remove_secret(text, self.api_key)).split()))[:300]

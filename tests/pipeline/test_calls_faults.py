@@ -509,6 +509,24 @@ def test_an_answer_that_no_file_can_take_is_said_to_be_lost_and_not_said_to_be_k
     assert server.paid() == 3  # the lost one, and two that were not asked about
 
 
+def test_an_output_that_does_not_fit_is_one_line_and_costs_nothing_again(tmp_path: Path, server: Server) -> None:
+    here, variables = project(tmp_path / "p", server, 6), environment(tmp_path / "store")
+    server.set(
+        always={"message": {"content": "red blue yellow: I go on. " * 200}}
+    )  # 5 KB, of which the limit takes six
+    words = ["prlimit", "--fsize=32768", sys.executable, "-m", *CRITIQUE.split()]
+    done = subprocess.run(words, cwd=here, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last == (
+        "error: critique: an output cannot be written (File too large); make room and repeat the command; what was "
+        "paid for is in the store"
+    )
+    assert _whole_records(tmp_path / "store") == server.paid() == 6
+    run(here, CRITIQUE, variables)
+    assert server.paid() == 6
+
+
 def _whole_records(store: Path) -> int:
     """Records in a store; none of them, and nothing half written, is anything else."""
     files = [path for path in (store / "calls").glob("??/*") if path.is_file()]
