@@ -2,16 +2,19 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lvlmva_core.errors import InputError
-from lvlmva_core.overrides import VERDICTS, Override
+from lvlmva_core.overrides import VERDICTS, Override, Tie
 from lvlmva_core.regions import NO_REGION, segmentation_digest
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+SAID = 20  # ties and stale overrides that are named; metrics count them all
 
 
 def assemble_mask(segments: "Tensor", verdicts: Mapping[int, str]) -> "Tensor":
@@ -70,12 +73,32 @@ def why_stale(override: Override, digests: Mapping[str, str]) -> str:
     return "the segmentation has no such region"
 
 
+def notes_on(folder: Path, ties: Iterable[Tie], stale: Iterable[Override], digests: Mapping[str, str]) -> list[str]:
+    """Lines that tell reviewers what does not count; at most 20 of each kind, since a retraining makes all stale.
+
+    Args:
+        folder: of the reviewers' files. digests: as of `why_stale`.
+    """
+    tied = [
+        f"tie: {folder}: region {tie.region} of '{tie.sample}': yes by {', '.join(tie.yes)}, no by "
+        f"{', '.join(tie.no)}; the critic's verdict stands"
+        for tie in ties
+    ]
+    left_out = [
+        f"stale override: {folder}: region {each.region} of '{each.sample}' by {', '.join(each.reviewers)}: "
+        f"{why_stale(each, digests)}; it is left out, review it again"
+        for each in stale
+    ]
+    return [*tied[:SAID], *left_out[:SAID]]
+
+
 @dataclass(frozen=True)
 class MaskSet:
     """Masks of the samples that can be used.
 
     ids: samples, in the order of masks. masks: bool (n, H, W). left_out: sample -> reason. overridden: verdicts that
-    an expert changed. stale: overrides whose sample, segmentation or region is not there any more.
+    an expert changed. stale: overrides whose sample, segmentation or region is not there any more. weights: float32
+    (n, H, W) in [0, 1], the share of votes that reject a pixel's region, where shares were given (an extension).
     """
 
     ids: list[str]
@@ -83,6 +106,26 @@ class MaskSet:
     left_out: dict[str, str]
     overridden: int
     stale: list[Override]
+    weights: np.ndarray | None = None
+
+    def summary(self) -> dict[str, Any]:
+        """Counts for the metrics file."""
+        found: dict[str, Any] = {
+            "samples": len(self.ids),
+            "samples_left_out": len(self.left_out),
+            "samples_masked": int(self.masks.any(axis=(1, 2)).sum()),
+            "mean_masked_area": float(self.masks.mean()),
+            "verdicts_overridden": self.overridden,
+            "stale_overrides": len(self.stale),
+        }
+        if self.weights is not None:
+            split = (self.weights > 0) & (self.weights < 1)
+            found |= {
+                "weights": "share of votes (an extension)",
+                "mean_weight": float(self.weights.mean(dtype=np.float64)),
+                "samples_split": int(split.any(axis=(1, 2)).sum()),
+            }
+        return found
 
 
 def assemble_masks(
@@ -91,6 +134,7 @@ def assemble_masks(
     verdicts: Mapping[str, Mapping[int, str]],
     failures: Mapping[str, str],
     overrides: list[Override],
+    shares: Mapping[str, Mapping[int, float]] | None = None,
 ) -> MaskSet:
     """Masks of all samples, after overrides; a sample whose verdicts failed is left out with its reason.
 
@@ -98,6 +142,8 @@ def assemble_masks(
         ids: N samples. segments: uint8 (N, H, W).
         verdicts: sample -> region -> "yes" | "no". failures: sample -> why it has no verdict.
         overrides: at most one a region, as `overrides.resolve` gives them.
+        shares: sample -> region -> share of votes that reject it, 0..1, then there are weights (an extension); an
+            expert's verdict counts as all votes.
 
     Raises:
         InputError: a sample has neither verdicts nor a failure, a region lacks a verdict, or no sample is left.
@@ -111,7 +157,7 @@ def assemble_masks(
             given.setdefault(override.sample, {})[override.region] = override.verdict
         else:
             stale.append(override)
-    usable, masks, left_out, overridden = [], [], dict(failures), 0
+    usable, masks, weights, left_out, overridden = [], [], [], dict(failures), 0
     for sample, label_map in zip(ids, segments, strict=True):
         regions = set(np.unique(label_map).tolist()) - {NO_REGION}
         if not regions:
@@ -127,10 +173,23 @@ def assemble_masks(
         except ValueError as error:
             raise InputError(f"sample '{sample}': {error}; rerun `dvc repro judge`") from error
         usable.append(sample)
+        if shares is not None:
+            of_expert = {region: float(verdict == "no") for region, verdict in given.get(sample, {}).items()}
+            weights.append(_weights(label_map, {**shares.get(sample, {}), **of_expert}))
         overridden += sum(verdicts.get(sample, {}).get(r) != v for r, v in given.get(sample, {}).items())
     if not usable:
         reasons = ", ".join(sorted(set(left_out.values())))
         raise InputError(
             f"no sample of the alignment set has verdicts ({reasons}); look at the segment and judge stages"
         )
-    return MaskSet(usable, np.stack(masks), left_out, overridden, stale)
+    weighed = None if shares is None else np.stack(weights)
+    return MaskSet(usable, np.stack(masks), left_out, overridden, stale, weighed)
+
+
+def _weights(segments: np.ndarray, shares: Mapping[int, float]) -> np.ndarray:
+    """float32 (H, W): of each pixel, the share of votes that reject its region; 0 where it has none."""
+    of_region = np.zeros(NO_REGION + 1, dtype=np.float32)
+    for region, share in shares.items():
+        of_region[region] = share
+    of_region[NO_REGION] = 0.0
+    return np.asarray(of_region[segments])
