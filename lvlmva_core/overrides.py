@@ -146,7 +146,7 @@ def read_reviews(folder: Path) -> Reviews:
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.suffix.lower() == ".md":
             continue
-        if path.suffix.lower() != ".csv":
+        if path.suffix.lower() != ".csv" or not path.is_file():
             notes.append(f"{path}: not read; save it as CSV")
             continue
         other = names.setdefault(_plain(path.stem), path)
@@ -280,6 +280,8 @@ def _decoded(path: Path) -> tuple[str, list[str]]:
         data = path.read_bytes()
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; restore it with `git checkout {path}`") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); look at its rights") from error
     try:
         return data.decode("utf-8-sig"), []
     except UnicodeDecodeError:

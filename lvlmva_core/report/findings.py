@@ -25,7 +25,7 @@ class Findings:
     samples: the sample table. curves: method -> curve of alignment (`figures.curves_figure`).
     base_accuracy: of the base model, on the validation split. entropies: id and entropy of training samples, by it.
     features: method -> float (N_test, D) of the split `test`.
-    shown: the panel's samples. pictures: uint8 (n, C, H, W), of these. panel: `panel_of`'s parts and shares.
+    masked: `mask` of metrics/mask.json. shown: the panel's samples. pictures: uint8 (n, C, H, W), of these. panel: `panel_of`'s parts and shares.
     """
 
     content: Mapping[str, Any]
@@ -35,6 +35,7 @@ class Findings:
     base_accuracy: float
     entropies: pd.DataFrame
     features: Mapping[str, np.ndarray]
+    masked: Mapping[str, Any]
     shown: list[str]
     pictures: np.ndarray
     panel: tuple[Mapping[str, Named], np.ndarray]
@@ -90,7 +91,8 @@ def page_of(found: Findings, pictures: Mapping[str, Path], params: str) -> str:
     who = tables.judged_by(found.content)
     return render_page(
         title=f"LVLM-VA on {found.about['dataset']}",
-        summary=f"Spurious feature: {found.about['spurious_feature']}. {who[0].upper()}{who[1:]}.",
+        summary=f"Spurious feature: {found.about['spurious_feature']}. {who[0].upper()}{who[1:]}. "
+        f"{tables.corrected_by(found.masked)}",
         warning=tables.warning_of(found.content["verdicts"]),
         tables=tables.page_tables(found.content, found.about["class_names"]),
         figures=pictures,

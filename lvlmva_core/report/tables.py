@@ -9,6 +9,10 @@ from lvlmva_core.metrics import METRICS
 from lvlmva_core.outputs import BASE, SUBJECT
 from lvlmva_core.report.page import Table
 
+UNDECIDED = {
+    "ties": "ties, where the critic's stands",
+    "stale_overrides": "of earlier segmentations, which do not count",
+}
 SPLITS = {
     "test_agreeing": "accuracy, decoy as in training",
     "test_plain": "accuracy, no decoy",
@@ -159,6 +163,17 @@ def warning_of(verdicts: Mapping[str, Any]) -> str:
         f"No vision-language model was asked. The verdicts come from the stand-in {', '.join(sorted(stand_ins))}: "
         "the figures show what the pipeline does with such verdicts, not how well a model judges."
     )
+
+
+def corrected_by(masked: Mapping[str, Any]) -> str:
+    """What experts changed of the critic's verdicts, from `mask` of metrics/mask.json; "" where nobody reviewed."""
+    if not masked["reviewers"]:
+        return ""
+    said = (
+        f"Reviewed by {', '.join(masked['reviewers'])}: {masked['verdicts_overridden']} verdicts are not the critic's"
+    )
+    more = [f"{words}: {masked[key]}" for key, words in UNDECIDED.items() if masked[key]]
+    return "; ".join([said, *more]) + "."
 
 
 def left_out(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -13,6 +13,7 @@ import pytest
 from lvlmva_core.arrays import read_array, read_json
 from lvlmva_core.overrides import Verdict, add_verdict, standing, take_back
 from lvlmva_core.regions import segmentation_digest
+from lvlmva_core.report.tables import corrected_by
 from stages.mask import mask
 from tests.pipeline.review import COUNT, LONG, PAGE, SIDE, ReviewServer, write_project
 
@@ -286,3 +287,8 @@ def test_the_masks_follow_the_reviewers(tmp_path: Path, capsys: pytest.CaptureFi
     summary = read_json(folder / "mask.json")["mask"]
     assert (summary["verdicts_overridden"], summary["ties"], summary["stale_overrides"]) == (3, 1, 1)
     assert summary["reviewers"] == ["anna", "bert", "carl", "verdicts"]
+    assert corrected_by(summary) == (
+        "Reviewed by anna, bert, carl, verdicts: 3 verdicts are not the critic's; ties, where the critic's stands: 1; of "
+        "earlier segmentations, which do not count: 1."
+    )
+    assert corrected_by({**summary, "reviewers": []}) == ""
