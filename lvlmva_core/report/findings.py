@@ -25,7 +25,8 @@ class Findings:
     samples: the sample table. curves: method -> curve of alignment (`figures.curves_figure`).
     base_accuracy: of the base model, on the validation split. entropies: id and entropy of training samples, by it.
     features: method -> float (N_test, D) of the split `test`.
-    masked: `mask` of metrics/mask.json. shown: the panel's samples. pictures: uint8 (n, C, H, W), of these. panel: `panel_of`'s parts and shares.
+    masked: `mask` of metrics/mask.json.
+    shown: the panel's samples. pictures: uint8 (n, C, H, W), of these. panel: `panel_of`'s parts and shares.
     """
 
     content: Mapping[str, Any]

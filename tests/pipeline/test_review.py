@@ -288,7 +288,7 @@ def test_the_masks_follow_the_reviewers(tmp_path: Path, capsys: pytest.CaptureFi
     assert (summary["verdicts_overridden"], summary["ties"], summary["stale_overrides"]) == (3, 1, 1)
     assert summary["reviewers"] == ["anna", "bert", "carl", "verdicts"]
     assert corrected_by(summary) == (
-        "Reviewed by anna, bert, carl, verdicts: 3 verdicts are not the critic's; ties, where the critic's stands: 1; of "
-        "earlier segmentations, which do not count: 1."
+        "Reviewed by anna, bert, carl, verdicts: 3 verdicts are not the critic's; ties, where the critic's stands: 1; "
+        "of earlier segmentations, which do not count: 1."
     )
     assert corrected_by({**summary, "reviewers": []}) == ""
