@@ -158,7 +158,8 @@ def look(subject: Subject, how: How, device: "torch.device") -> tuple["AuditCont
 
     from lvlmva_core import audit as found_by
     from lvlmva_core.attribution_methods.deep_lift_shap import DeepLiftShap
-    from lvlmva_core.exchange import exchange_regions, typical_size
+    from lvlmva_core.exchange import exchange_regions
+    from lvlmva_core.independence import typical_size
     from lvlmva_core.report.audit_page import AuditContent
     from lvlmva_core.samples import read_images
     from lvlmva_core.segmenters.ppeps_wgm import PpepsWgm

@@ -177,9 +177,7 @@ def _splits(done: Checklist, loaded: Params, samples: Path, masks: Path) -> None
         done.add(
             "splits", "fail", f"rank.stratify: the smallest class has {least} of {wanted} rank.n_samples; lower it"
         )
-    batch = loaded.align.training_batch
-    if batch > len(train):
-        done.add("splits", "fail", f"align.training_batch = {batch}, the split train has {len(train)}; lower it")
+    done.attempt("splits", lambda: loaded.check_batches(len(train)))
     known = bool(read_spurious_masks(masks, rows_of_split(table, "train"))[1].any())
     groups = groups_known(table)
     lacking = [what for what, there in (("groups", groups), ("true masks", known)) if not there]

@@ -152,6 +152,19 @@ class Params(Settings):
                     f"set it to {'accuracy' if section == 'retrained' else 'pseudo_group, which needs none'}"
                 )
 
+    def check_batches(self, n_train: int) -> None:
+        """Refuse batches of training pictures that the split train cannot fill, before anybody is paid for masks.
+
+        Raises:
+            InputError: naming the key, and the method where it is one's own.
+        """
+        for name, settings in self.chosen_methods().items():
+            batch = getattr(settings, "training_batch", 0)
+            if batch > n_train:
+                own = "training_batch" in self.methods.get(name, {})
+                place = f"methods.{name}.training_batch" if own else "align.training_batch"
+                raise InputError(f"{place} = {batch}, the split train has {n_train} pictures; lower it")
+
 
 def _check_method(section: str, name: str, kind: str) -> None:
     known = [each for each, method in METHODS.items() if method.kind == kind]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lvlmva_core.errors import InputError
+from lvlmva_core.independence import independent_regions, typical_size
 from lvlmva_core.models import predict_logits
 from lvlmva_core.samples import Split
 
@@ -107,22 +108,6 @@ def exchange_regions(
     return Reliance(found["other"], spread["other"], found["own"], spread["own"], flipped, logit.float().cpu().numpy())
 
 
-def typical_size(logit: np.ndarray) -> float:
-    """Root mean square of centred logits (N,): what falls are measured against."""
-    return float(np.sqrt(np.mean(np.square(logit, dtype=np.float64))))
-
-
-def independent_regions(other: np.ndarray, logit: np.ndarray, at_most: float) -> np.ndarray:
-    """Regions that need no critic, since the prediction does not depend on them: bool (N, J).
-
-    Args:
-        other: (N, J), of `Reliance`; NaN where there is no region. logit: (N,), of `Reliance`.
-        at_most: the largest mean fall that counts as none, as a share of the logit's typical size.
-    """
-    scale = typical_size(logit)
-    return np.asarray(np.nan_to_num(np.abs(other), nan=np.inf) <= at_most * scale)
-
-
 def summary_of(found: Reliance) -> dict[str, float | int]:
     """Numbers for the metrics file: how much hangs on the region that each sample hangs on most."""
     scale = typical_size(found.logit) or 1.0
@@ -135,7 +120,10 @@ def summary_of(found: Reliance) -> dict[str, float | int]:
         "mean_fall": float(np.nanmean(found.other)) / scale,
         "mean_fall_own_class": float(np.nanmean(found.own)) / scale,
         "share_of_regions_within_0.1": float(
-            independent_regions(found.other, found.logit, 0.1).sum() / (~np.isnan(found.other)).sum()
+            independent_regions(
+                (found.other, found.own), (found.other_spread, found.own_spread), found.logit, 0.1
+            ).sum()
+            / (~np.isnan(found.other)).sum()
         ),
     }
 

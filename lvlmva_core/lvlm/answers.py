@@ -132,6 +132,7 @@ def join_verdicts(row: CritiqueRow, judged: Sequence[VerdictRow], rule: Rule) ->
             "records": [],
             "answers": kept,
             **({"further": list(row.further)} if row.further else {}),
+            **({} if row.not_asked is None else {"not_asked": row.not_asked}),
         }
     )
 
