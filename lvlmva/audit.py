@@ -25,6 +25,7 @@ Fit = Literal["crop", "pad", "stretch"]
 Channels = Literal["auto", "grey", "colour"]
 SPLITS = ("all", "train", "val", "test")
 BLOCK = 256  # pictures that are read and run at once, so that memory does not grow with their number
+CHUNK = 8  # samples that are explained or segmented between two looks at the clock
 DONORS = 512  # pictures that regions are filled from, at most
 PROBE = 64  # pictures that a model from elsewhere is tried on
 EXAMPLES = 12  # samples of a group that --json names
@@ -91,7 +92,7 @@ def audit(
     split: Annotated[
         str | None, typer.Option(help="all, train, val or test; by default all of yours, the project's train")
     ] = None,
-    samples: Annotated[int, typer.Option(min=2, help="pictures that are explained, the surest of each class")] = 128,
+    samples: Annotated[int, typer.Option(min=2, help="pictures that are explained, the surest of each class")] = 64,
     regions: Annotated[int, typer.Option(min=1, max=12, help="of each of them, at most")] = 5,
     donors: Annotated[int, typer.Option(min=1, help="pictures that each region is exchanged with")] = 4,
     baselines: Annotated[int, typer.Option(min=1, help="of the attribution")] = 10,
@@ -157,9 +158,10 @@ def look(subject: Subject, how: How, device: "torch.device") -> tuple["AuditCont
     import torch
 
     from lvlmva_core import audit as found_by
-    from lvlmva_core.attribution_methods.deep_lift_shap import DeepLiftShap
+    from lvlmva_core.attribution.deep_lift import explain
     from lvlmva_core.exchange import exchange_regions
     from lvlmva_core.independence import typical_size
+    from lvlmva_core.progress import track
     from lvlmva_core.report.audit_page import AuditContent
     from lvlmva_core.samples import read_images
     from lvlmva_core.segmenters.ppeps_wgm import PpepsWgm
@@ -173,11 +175,21 @@ def look(subject: Subject, how: How, device: "torch.device") -> tuple["AuditCont
     shown = read_sample_rows(subject.images, table, chosen, device)
     rng = np.random.default_rng([how.seed, 3])
     drawn = np.sort(rng.permutation(subject.rows)[: how.baselines])
-    method = DeepLiftShap(n_baselines=len(drawn), batch_size=how.pairs)
     baselines = read_sample_rows(subject.images, table, table["id"].iloc[drawn].tolist(), device).images
-    maps = method.explain(model, shown.images, baselines, shown.labels).attributions.sum(1).cpu().numpy()
-    segments = PpepsWgm(n_regions=how.regions, choose="fixed", seed=how.seed).segment(maps, None, chosen, device)
-    label_maps = segments["segments"]
+    parts = [slice(first, first + CHUNK) for first in range(0, len(chosen), CHUNK)]
+    maps = np.concatenate(
+        [
+            explain(model, shown.images[part], baselines, shown.labels[part], batch_size=how.pairs)
+            .attributions.sum(1)
+            .cpu()
+            .numpy()
+            for part in track(parts, "explain")
+        ]
+    )
+    segmenter = PpepsWgm(n_regions=how.regions, choose="fixed", seed=how.seed)
+    label_maps = np.concatenate(
+        [segmenter.segment(maps[part], None, chosen[part], device)["segments"] for part in track(parts, "segment")]
+    )
     donors = read_sample_rows(subject.images, table, _donors(pictured, rng), device)
     reliance = exchange_regions(
         model,

@@ -19,7 +19,7 @@ import typer
 
 from lvlmva.ask import allowed_hosts, confirm_host, open_calls, save_elsewhere
 from lvlmva.check_model import check_model
-from lvlmva.params import Params, load_params, prompts_folder
+from lvlmva.params import Params, load_params, prompts_folder, sections_lacking
 from lvlmva.pipeline import paths
 from lvlmva.probe import Estimate, Probed, megabytes_available, probe
 from lvlmva_core.errors import InputError
@@ -118,6 +118,8 @@ def run_checks(params: Path, *, ask: bool) -> Checklist:
         done.add("params", "fail", str(error))
         return done
     done.add("params", "ok", f"{params}: every key is known and in its range")
+    for section in sections_lacking(params):
+        done.add("params", "fail", f"{params}: DVC follows the section '{section}'; add the line `{section}: {{}}`")
     classes: list[str] | None = None
     probed: Probed | None = None
     with tempfile.TemporaryDirectory(prefix="lvlmva-check-") as folder:

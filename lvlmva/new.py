@@ -60,8 +60,8 @@ def new(
     if there and not force:
         raise InputError(f"{there[0]} exists; choose another name, or write over it with --force")
     said = {"images": images, "table": table, "size": size, "model": model, "checkpoint": checkpoint}
-    answers = Answers({**said, "classes": classes, "normalisation": normalisation}, yes)
-    found = _found(answers, columns)
+    answers = Answers({**said, "columns": columns, "classes": classes, "normalisation": normalisation}, yes)
+    found = _found(answers)
     kept = {file: file.read_bytes() for file in there}
     try:
         for file, text in zip(written, (_preset_text(name, found), _specification_text(found.classes)), strict=True):
@@ -134,7 +134,7 @@ class Answers:
         return suggested
 
 
-def _found(answers: Answers, columns: str | None) -> Found:
+def _found(answers: Answers) -> Found:
     from lvlmva_core.datasets.guess import guess_columns, guess_size, guess_table
     from lvlmva_core.datasets.tables import classes_of, listed_tree, read_cells, read_listed, splits_of
 
@@ -145,7 +145,7 @@ def _found(answers: Answers, columns: str | None) -> Found:
     table = _none(
         answers.get("table", "Table, a row a picture ('none': class folders)", lambda: guess_table(root) or "none")
     )
-    chosen, pattern, notes = _columns(columns), None, []
+    chosen, pattern, notes = _columns(answers.said["columns"]), None, []
     if table is not None:
         path = root / table if root.is_dir() and not Path(table).expanduser().is_file() else Path(table).expanduser()
         if not path.is_file():
@@ -158,6 +158,7 @@ def _found(answers: Answers, columns: str | None) -> Found:
         for role, column in (("file", guessed.file), ("label", guessed.label)):
             if role not in chosen:
                 chosen[role] = _asked_column(answers, role, column, list(cells.columns), path)
+        chosen |= _columns(answers.get("columns", OTHER_COLUMNS, lambda: ""))
         listed = read_listed(path, {role: chosen.get(role) for role in COLUMNS})
         notes += listed.notes
         if pattern:
@@ -196,6 +197,7 @@ def _found(answers: Answers, columns: str | None) -> Found:
 
 
 COLUMNS = ("file", "label", "split", "spurious", "mask", "patient")
+OTHER_COLUMNS = "Other columns with unusual names, e.g. split=fold,patient=case,spurious=tag,mask=tag_mask"
 
 
 def _none(answer: Any) -> str | None:

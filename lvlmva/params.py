@@ -206,6 +206,15 @@ def load_params(path: Path) -> Params:
     return params
 
 
+def sections_lacking(path: Path) -> list[str]:
+    """Sections that have defaults and do not stand in params.yaml: the stages could go on, but DVC, which follows them,
+    refuses."""
+    from ruamel.yaml import YAML
+
+    content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    return [name for name in Params.model_fields if name not in content]
+
+
 def prompts_folder(prompts: Path, key: str, name: str) -> Path:
     """The folder of prompts that a key of params names. Raises InputError where there is none."""
     folder = prompts / name
