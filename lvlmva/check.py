@@ -124,6 +124,7 @@ def run_checks(params: Path, *, ask: bool) -> Checklist:
     probed: Probed | None = None
     with tempfile.TemporaryDirectory(prefix="lvlmva-check-") as folder:
         images, samples, masks = (Path(folder) / name for name in ("images.zarr", "samples.parquet", "masks.zarr"))
+        _say("preparing the pictures into a temporary folder")
         if _pictures(done, loaded, images, samples, masks):
             from lvlmva_core.samples import read_class_names
 
@@ -131,9 +132,15 @@ def run_checks(params: Path, *, ask: bool) -> Checklist:
             _splits(done, loaded, samples, masks)
             probed = _model(done, loaded, params, images, samples, masks)
         size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+    _say("prompts and critic")
     _critic(done, loaded, known, classes, probed, ask=ask)
     _machine(done, loaded, size, classes is not None)
     return done
+
+
+def _say(what: str) -> None:
+    """What is being done, for whoever waits; the findings come at the end."""
+    typer.echo(f"check: {what} ...", err=True)
 
 
 def _pictures(done: Checklist, loaded: Params, images: Path, samples: Path, masks: Path) -> bool:
@@ -202,6 +209,7 @@ def _model(done: Checklist, loaded: Params, params: Path, images: Path, samples:
     if loaded.compute.device == "cpu" and threads < cores:
         done.add("device", "ok", f"compute.threads = {threads} of {cores} cores; more change the last bits of results")
     broken = False
+    _say("trying the model on the pictures")
     for finding in check_model(params, images, samples):
         done.add(finding.name, "ok" if finding.passed else "fail", finding.message)
         broken |= not finding.passed and finding.name in ("model", "layers")
@@ -218,6 +226,7 @@ def _model(done: Checklist, loaded: Params, params: Path, images: Path, samples:
         model = build_model(spec, loaded.train.seed, loaded.train.model)
     pictures = read_images(images, rows_of_split(table, "train")[:1])
     known = bool(read_spurious_masks(masks, rows_of_split(table, "test"))[1].any())
+    _say("a step of each kind, to estimate times")
     try:
         found = probe(loaded, model.to(device).eval(), splits, pictures, known)
     except InputError as error:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from lvlmva.params import load_params
+from lvlmva.params import load_params, sections_lacking
 from lvlmva_core.arrays import read_json
 from lvlmva_core.datasets.decoy import DecoyDigits
 from lvlmva_core.datasets.registry import DATASETS
@@ -337,3 +337,11 @@ def test_the_stage_settings_refuses_it_too(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"methods.lambda_zero.training_batch = 7, the split train has 6 pictures"):
         settings(params, data / "samples.parquet", data / "spurious_masks.zarr", ROOT / "prompts", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_section_that_has_defaults_and_is_not_there_is_named(tmp_path: Path) -> None:
+    """DVC follows every section, and refuses a params.yaml of an earlier version in words of its own."""
+    older = _params_with(tmp_path, ("exchange", ...))
+    assert load_params(older).exchange.n_donors == load_params(ROOT / "params.yaml").exchange.n_donors
+    assert sections_lacking(older) == ["exchange"]
+    assert sections_lacking(ROOT / "params.yaml") == []
