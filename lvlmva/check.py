@@ -34,6 +34,7 @@ from lvlmva_core.regions import regions_present
 from lvlmva_core.render import COLOUR_NAMES
 
 FEW = 20  # test pictures of a class, below which an accuracy means little
+LONG = 3600  # seconds from which less is suggested
 MARGIN = 1.5  # by which memory and disk must exceed an estimate
 SHOWN = {"ok": "ok  ", "warn": "warn", "fail": "FAIL"}
 
@@ -233,6 +234,15 @@ def _model(done: Checklist, loaded: Params, params: Path, images: Path, samples:
         done.add("probe", "fail", str(error))
         return None
     done.estimates += found.estimates
+    total = sum(each.seconds or 0.0 for each in found.estimates)
+    if total > LONG:
+        most = max(found.estimates, key=lambda each: each.seconds or 0.0)
+        done.add(
+            "time",
+            "warn",
+            f"about {total / 3600:.1f} hours in all, {_time(most.seconds)} of it {most.stage}; for a first look: fewer "
+            "seeds (align.seeds: [0]), values of λ (align.selection), methods or samples (rank.n_samples)",
+        )
     if found.completeness is not None:
         limit = loaded.attribute.completeness_tolerance
         whole = found.completeness <= limit
