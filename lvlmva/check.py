@@ -23,7 +23,7 @@ from lvlmva.params import Params, load_params, prompts_folder, sections_lacking
 from lvlmva.pipeline import paths
 from lvlmva.probe import Estimate, Probed, megabytes_available, probe
 from lvlmva_core.errors import InputError
-from lvlmva_core.lvlm.budget import estimate_calls, estimate_input_tokens, price_is_known
+from lvlmva_core.lvlm.budget import Spent, estimate_calls, estimate_input_tokens, price_is_known
 from lvlmva_core.lvlm.calls import Call, answer_text
 from lvlmva_core.lvlm.client import CallFailedError, Client, Question, check_endpoint, host_of, is_loopback
 from lvlmva_core.lvlm.critic import critic_call, why_no_critique
@@ -104,7 +104,8 @@ def check(
         failed = sum(row.status == "fail" for row in done.rows)
         warned = sum(row.status == "warn" for row in done.rows)
         verdict = "ready: `dvc repro`" if done.passed else f"{failed} to mend before `dvc repro`"
-        typer.echo(f"\n{verdict}{f', {warned} warnings' if warned else ''}")
+        more = f", {warned} warning{'s' if warned > 1 else ''}" if warned else ""
+        typer.echo(f"\n{verdict}{more}")
     if not done.passed:
         raise typer.Exit(1)
 
@@ -349,23 +350,26 @@ def _one_call(
         confirm_host(critic.endpoint)
         return key
 
-    async def buy() -> tuple[str, float]:
+    async def buy() -> tuple[str, Spent]:
         client = Client(
             critic.endpoint, "critique.endpoint", open_calls(known["critiques"]), prepare, False, save_elsewhere
         )
         async with client:
             question = Question(call.keys(), lambda: call, "a probe", lambda text: why_no_critique(text, colours))
             record = await client.ask(question)
-        return answer_text(record), client.spent.cost_usd
+        return answer_text(record), client.spent
 
     started = time.monotonic()
     try:
-        text, cost = asyncio.run(buy())
+        text, spent = asyncio.run(buy())
     except (InputError, CallFailedError) as error:
         done.add("asked", "fail", f"one question got no usable answer: {error}")
         return None
+    if not spent.calls:
+        done.add("asked", "ok", f"the store holds an answer of {len(text)} characters already: nothing was sent")
+        return None
     seconds = time.monotonic() - started
-    done.add("asked", "ok", f"an answer of {len(text)} characters in {seconds:.1f} s for {cost:.4f} USD")
+    done.add("asked", "ok", f"an answer of {len(text)} characters in {seconds:.1f} s for {spent.cost_usd:.4f} USD")
     return seconds
 
 
@@ -374,7 +378,8 @@ def _calls(stage: str, endpoint: Endpoint, call: Call, count: int, seconds: floa
     cost = estimate.cost_usd_at_most if price_is_known(endpoint) else None
     took = None if seconds is None else seconds * count / endpoint.concurrency
     how = f"{count} calls at most, {estimate.input_tokens} tokens in, at most {estimate.output_tokens_at_most} out"
-    return Estimate(stage, took, None, cost, how + ("" if seconds is not None else "; --ask measures the time"))
+    unknown = "; --ask measures the time" if stage == "critique" and seconds is None else ""
+    return Estimate(stage, took, None, cost, how + unknown)
 
 
 def _machine(done: Checklist, loaded: Params, prepared: int, complete: bool) -> None:
