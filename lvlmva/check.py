@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 import numpy as np
 import typer
 
-from lvlmva.ask import allowed_hosts, confirm_host, open_calls, save_elsewhere
+from lvlmva.ask import allowed_hosts, confirm_host, open_calls, save_elsewhere, short_inputs
 from lvlmva.check_model import check_model
 from lvlmva.params import Params, load_params, prompts_folder, sections_lacking
 from lvlmva.pipeline import paths
@@ -370,6 +370,11 @@ def _one_call(
         return None
     seconds = time.monotonic() - started
     done.add("asked", "ok", f"an answer of {len(text)} characters in {seconds:.1f} s for {spent.cost_usd:.4f} USD")
+<<<<<<< HEAD
+=======
+    if spent.short:
+        done.add("asked", "warn", short_inputs(spent))
+>>>>>>> main
     return seconds
 
 

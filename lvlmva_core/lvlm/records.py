@@ -147,13 +147,15 @@ class CritiqueRow(Row):
 class VerdictRow(Row):
     """Verdicts of a critique's regions, each once. records: the calls that they came from, all attempts in order.
 
-    answers: where several were asked for, what each was judged to say; `verdicts` are their votes, and `records` empty.
+    answers: where several were asked for, what each was judged to say; `verdicts` are their votes by the rule `votes`,
+    and `records` empty.
     """
 
     judge: Text
     verdicts: list[Verdict]
     records: list[Record]
     answers: list[JudgedAnswer] = Field(default_factory=list)
+    votes: Literal["majority", "unanimous"] = "majority"
 
     def all_answers(self) -> Sequence[JudgedAnswer]:
         """Several answers, or none where one was asked for."""
@@ -171,6 +173,19 @@ class VerdictRow(Row):
         """Region -> "yes" | "no"; what nobody was asked about is not rejected. Empty after a failure."""
         needless = [] if self.not_asked is None or self.failure is not None else self.not_asked.regions
         return {**{each.region: "yes" for each in needless}, **{each.region: each.verdict for each in self.verdicts}}
+
+    def shares_rejecting(self) -> dict[int, float]:
+        """Region -> share of the votes that reject it, 0..1.
+
+        Raises:
+            InputError: there were no votes.
+        """
+        if self.failure is None and any(each.certainty is None for each in self.verdicts):
+            raise InputError(f"'{self.sample}' has one answer, which casts no votes; run `dvc repro critique`")
+        return {
+            each.region: (each.certainty or 0.0) if each.verdict == "no" else 1.0 - (each.certainty or 0.0)
+            for each in self.verdicts
+        }
 
 
 AnyRow = TypeVar("AnyRow", bound=Row)
