@@ -370,11 +370,8 @@ def _one_call(
         return None
     seconds = time.monotonic() - started
     done.add("asked", "ok", f"an answer of {len(text)} characters in {seconds:.1f} s for {spent.cost_usd:.4f} USD")
-<<<<<<< HEAD
-=======
     if spent.short:
         done.add("asked", "warn", short_inputs(spent))
->>>>>>> main
     return seconds
 
 

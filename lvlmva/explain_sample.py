@@ -119,13 +119,9 @@ def read_chain(sample: str, known: dict[str, Path]) -> Chain:
     verdict = _record(chain, known["verdicts"], VerdictRow, "judge")
     verdicts = verdict.by_region() if verdict else {}
     if critique is not None:
-<<<<<<< HEAD
         nothing = critique.failure or "nobody was asked: the prediction depends on no region"
         chain.critic, chain.critique = critique.critic, critique.critique or f"({nothing})"
-=======
-        chain.critic, chain.critique = critique.critic, critique.critique or f"({critique.failure})"
         chain.overlay = critique.settings.get("overlay", "grey")
->>>>>>> main
     if verdict is not None:
         chain.judge = verdict.judge
         if verdict.not_asked is not None and verdict.failure is None:

@@ -309,7 +309,6 @@ def test_what_needs_labels_that_a_data_set_lacks_is_refused(
     params.check_supervision(groups=True, true_masks=True)
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -346,7 +345,8 @@ def test_a_section_that_has_defaults_and_is_not_there_is_named(tmp_path: Path) -
     assert load_params(older).exchange.n_donors == load_params(ROOT / "params.yaml").exchange.n_donors
     assert sections_lacking(older) == ["exchange"]
     assert sections_lacking(ROOT / "params.yaml") == []
-=======
+
+
 NO = {"disagreement": False}
 MODEL = {"critic": "model", "samples": 3, "endpoint": {"base_url": "http://localhost:1/v1", "model": "m"}}
 
@@ -379,4 +379,3 @@ def test_votes_weigh_masks_only_where_they_can_be_split(
         return
     with pytest.raises(InputError, match=rf"mask\.weights = 'votes'.*{message}"):
         load_params(file)
->>>>>>> main

@@ -14,11 +14,8 @@ from lvlmva_core.comparison import over_seeds
 from lvlmva_core.errors import InputError
 from lvlmva_core.report.chain import chain_figure
 from lvlmva_core.report.figures import differences_figure, outcome_figure, sweep_figure
-<<<<<<< HEAD
-from lvlmva_core.report.tables import before_and_after
-=======
 from lvlmva_core.report.panel import panel_of
->>>>>>> main
+from lvlmva_core.report.tables import before_and_after
 
 
 def test_differences_are_drawn_with_a_star_where_they_are_significant() -> None:
@@ -121,13 +118,13 @@ def test_a_sweep_is_printed_with_the_columns_that_were_asked_for(
         read_experiments(file, "rank.strategy", ["rank.share"])
 
 
-<<<<<<< HEAD
 def test_one_seed_has_no_spread_in_the_table() -> None:
     runs = {"base": {"": {"test.accuracy": 0.5}}, "lvlm_va": {"0": {"test.accuracy": 0.6}, "1": {"test.accuracy": 0.8}}}
     one = {"base": runs["base"], "lvlm_va": {"0": {"test.accuracy": 0.6}}}
     assert [row[1] for row in before_and_after({"methods": over_seeds(runs)})[1]] == ["0.500", "0.700 ± 0.141"]
     assert [row[1] for row in before_and_after({"methods": over_seeds(one)})[1]] == ["0.500", "0.600"]
-=======
+
+
 @pytest.mark.parametrize("overlay", ["grey", "colour"])
 def test_the_overlay_is_drawn_as_the_critic_was_shown_it(overlay: Literal["grey", "colour"]) -> None:
     """Of a picture all orange: the stripes leave it as it is between them, the grey one nowhere."""
@@ -142,4 +139,3 @@ def test_the_overlay_is_drawn_as_the_critic_was_shown_it(overlay: Literal["grey"
         titled = next(axes for axes in figure.axes if axes.get_title() == "overlay")
         shown = np.asarray(titled.images[0].get_array())
         assert (shown == [250, 140, 10]).all(axis=2).any() == (overlay == "colour")
->>>>>>> main
