@@ -9,6 +9,7 @@ import numpy as np
 
 from lvlmva_core.arrays import read_array, read_attrs, read_table
 from lvlmva_core.errors import InputError
+from lvlmva_core.independence import typical_size
 from lvlmva_core.lvlm.offline import is_stand_in
 from lvlmva_core.lvlm.records import CritiqueRow, VerdictRow, read_rows
 from lvlmva_core.regions import regions_present, segmentation_digest
@@ -60,7 +61,9 @@ class Content:
         row = self.critiques.get(self.ids[n])
         if row is None:
             return "No critic was asked about this sample."
-        return row.critique if row.critique is not None else f"No critique: {row.failure}"
+        if row.critique is not None:
+            return row.critique
+        return row.failure or "No critic was asked: the prediction does not depend on any region."
 
     def with_words(self, words: str) -> list[int]:
         """Places of the samples whose critique, id or class holds all of the words, in any case."""
@@ -95,7 +98,8 @@ class Content:
 
     def _sample(self, n: int) -> dict[str, Any]:
         row = self.verdicts.get(self.ids[n])
-        said = {} if row is None else {each.region: each for each in row.verdicts}
+        said = {} if row is None else row.by_region()
+        certainty = {} if row is None else {each.region: each.certainty for each in row.verdicts}
         areas = np.bincount(self.label_maps[n].ravel(), minlength=256) / self.label_maps[n].size
         return {
             "id": self.ids[n],
@@ -110,8 +114,9 @@ class Content:
                     "share": self.shares[n].get(region, 0.0),
                     "area": float(areas[region]),
                     "reliance": None if self.reliance is None else _finite(self.reliance[n, region]),
-                    "verdict": said[region].verdict if region in said else None,
-                    "certainty": said[region].certainty if region in said else None,
+                    "verdict": said.get(region),
+                    "asked": region in certainty,
+                    "certainty": certainty.get(region),
                 }
                 for region in self.shares[n]
             ],
@@ -144,8 +149,7 @@ def read_content(known: dict[str, Path]) -> Content:
     entropies = read_table(known["alignment_set"], ["id", "entropy"]).set_index("id")["entropy"]
     reliance = None
     if known["reliance"].exists() and read_attrs(known["reliance"])["ids"] == ids:
-        logit = read_array(known["reliance"], "logit").astype(np.float64)
-        typical = float(np.sqrt(np.mean(logit**2))) or 1.0
+        typical = typical_size(read_array(known["reliance"], "logit")) or 1.0
         reliance = read_array(known["reliance"], "other").astype(np.float64) / typical
     content = Content(
         known,

@@ -186,7 +186,13 @@ function draw() {
   $("accept").disabled = !openRegions(place).some(({ verdict }) => verdict !== null);
 }
 
-function row({ region, colour, rgb, share, reliance, verdict, certainty }) {
+function saidByCritic({ verdict, asked, certainty }) {
+  if (verdict === null) return "critic: no verdict";
+  if (!asked) return "critic: not asked, nothing depends on it";
+  return `critic: ${verdict}${certainty === null ? "" : ` (${Math.round(100 * certainty)} %)`}`;
+}
+
+function row({ region, colour, rgb, share, reliance, verdict, asked, certainty }) {
   const said = verdictOf(place, region);
   const swatch = element("span", { class: "swatch", "aria-hidden": true }, `${region + 1}`);
   swatch.style.backgroundColor = `rgb(${rgb.join(",")})`;
@@ -196,7 +202,7 @@ function row({ region, colour, rgb, share, reliance, verdict, certainty }) {
   const percent = (value) => `${Math.round(100 * value)} %`;
   const facts = [`π ${percent(share)} of the positive attribution`];
   if (reliance !== null) facts.push(`reliance ${reliance.toFixed(2)}`);
-  const critic = verdict === null ? "critic: no verdict" : `critic: ${verdict}${certainty === null ? "" : ` (${percent(certainty)})`}`;
+  const critic = saidByCritic({ verdict, asked, certainty });
   const buttons = Object.entries(WORDS).map(([value, word]) =>
     element(
       "button",

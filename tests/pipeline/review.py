@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from lvlmva_core.arrays import write_arrays, write_table
-from lvlmva_core.lvlm.records import CritiqueRow, Region, Verdict, VerdictRow, write_rows
+from lvlmva_core.lvlm.records import CritiqueRow, NotAsked, Region, Verdict, VerdictRow, write_rows
 from lvlmva_core.overrides import Event, read_events
 from lvlmva_core.regions import regions_present, segmentation_digest
 from lvlmva_core.render import COLOUR_NAMES
@@ -81,7 +81,11 @@ def write_project(folder: Path) -> np.ndarray:
         text = LONG if n == 0 else f"sample {n}: the corner is bright"
         critiques.append(CritiqueRow(**of, critic="rules", regions=regions, class_name="x", critique=text, record=None))
         said = [Verdict(**region.model_dump(), verdict="no" if region.region == 2 else "yes") for region in regions]
-        verdicts.append(VerdictRow(**of, critic="rules", judge="rules", verdicts=said, records=[]))
+        more = {}
+        if n == COUNT - 1:  # nobody was asked about one of its regions
+            more["not_asked"] = NotAsked(regions=regions[1:2], at_most=0.05, calls_saved=0)
+            del said[1]
+        verdicts.append(VerdictRow(**of, **more, critic="rules", judge="rules", verdicts=said, records=[]))
     write_rows(folder / "data/critiques.jsonl", critiques)
     write_rows(folder / "data/verdicts.jsonl", verdicts)
     return segments

@@ -167,6 +167,7 @@ def test_the_page_is_told_what_the_stages_wrote(server: ReviewServer) -> None:
             )
             assert region["share"] == pytest.approx(inside / total)
             assert region["verdict"] == ("no" if region["region"] == 2 else "yes")
+            assert region["asked"] == ((n, region["region"]) != (COUNT - 1, 1))
         assert server.get(f"/api/samples/{n}/labels").body == segments[n].tobytes()
     for kind in ("image", "attribution", "overlay"):
         answer = server.get(f"/api/samples/0/{kind}.png")
