@@ -39,7 +39,7 @@ OUTPUTS = {"critique": ("data/critiques.jsonl",), "judge": ("data/verdicts.jsonl
 IMPORTED = [  # by the process that the others are forked from
     *("stages.critique", "stages.judge", "anyio._backends._asyncio", "filelock", "h11", "httpcore2", "httpx2"),
     *("jinja2.sandbox", "openai", "pandas", "PIL.PngImagePlugin", "pyarrow.parquet", "ruamel.yaml", "scipy.ndimage"),
-    *("truststore", "typer", "zarr"),
+    *("tests.pipeline.calls", "truststore", "typer", "zarr"),
 ]
 Moment = Literal["start", "questions", "end", "never"]
 MOMENTS: tuple[Moment, ...] = ("start", "start", "questions", "questions", "questions", "end", "end", "never")
