@@ -1,6 +1,6 @@
 """Critique and judge killed at random moments, with a server that counts what it was paid.
 
-python -m benchmarks.kills [--kills 1000] [--samples 24] [--seed 0]     prints the markdown table of benchmarks/kills.md
+python -m benchmarks.kills [--kills 1000] [--samples 40] [--seed 0]     prints the markdown table of benchmarks/kills.md
 
 A round is one project from an empty store to both outputs. A stage runs as DVC starts it, `python -m stages.critique`
 and its options; most are forked from a process that has imported everything, since starting Python would take most of
@@ -42,7 +42,7 @@ IMPORTED = [  # by the process that the others are forked from
     *("tests.pipeline.calls", "truststore", "typer", "zarr"),
 ]
 Moment = Literal["start", "questions", "end", "never"]
-MOMENTS: tuple[Moment, ...] = ("start", "start", "questions", "questions", "questions", "end", "end", "never")
+MOMENTS: tuple[Moment, ...] = ("start", "start", *["questions"] * 5, "end", "never")
 
 
 def run_stage(here: Path, store: Path, name: str, own_python: bool) -> None:
@@ -212,10 +212,10 @@ def _wait(process: Any, server: Server, generator: random.Random, life: Life, be
     elif moment == "start" or missing == 0:
         process.join(generator.uniform(0.0, life.start + (life.end if missing == 0 else 0.0)))
     else:
-        asked = missing if moment == "end" else generator.randint(1, missing)
+        asked = missing if moment == "end" else generator.randint(1, min(missing, 2 * CONCURRENCY))
         while process.is_alive() and server.count()[0] < before + asked:
             time.sleep(0.005)
-        process.join(generator.uniform(0.0, LATENCY_S + life.end if moment == "end" else LATENCY_S))
+        process.join(generator.uniform(0.0, LATENCY_S + life.end if moment == "end" else 2 * LATENCY_S))
 
 
 def _settle(server: Server) -> None:
@@ -232,7 +232,7 @@ def main() -> None:
     """Kill, and print the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=1000)
-    parser.add_argument("--samples", type=int, default=24)
+    parser.add_argument("--samples", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
     tally = asdict(kill_rounds(chosen.kills, chosen.samples, random.Random(chosen.seed)))
