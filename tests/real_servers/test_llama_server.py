@@ -32,6 +32,8 @@ LOCAL = {
     "usd_per_million_input_tokens": 0.0,
     "usd_per_million_output_tokens": 0.0,
 }
+# What keeps a model that was never taught to chat from going on for ever; blind all the same.
+SHORT = {"grammar": 'root ::= "red: " word "\\nblue: " word "\\nyellow: " word\nword ::= "yes" | "no"'}
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +137,7 @@ def test_kills_of_dvc_repro_lose_nothing_and_buy_nothing_twice(tmp_path: Path, s
         {
             "critique.critic": "model",
             "critique.max_failed_share": 1.0,
-            "critique.endpoint": {**settings, "model": "gemma-3-270m-random-eyes", "token_limit": 200},
+            "critique.endpoint": {**settings, "model": "gemma-3-270m-random-eyes", "extra_body": SHORT},
             "judge.judge": "model",
             "judge.max_failed_share": 1.0,
             "judge.max_attempts": 1,
