@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -112,11 +112,10 @@ def counting_proxy(upstream: str) -> Iterator[Proxy]:
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["content-length"]))
             asked = time.monotonic()
-            connection = http.client.HTTPConnection(host, timeout=600)
-            connection.request("POST", self.path, body, {"content-type": "application/json"})
-            answer = connection.getresponse()
-            content = answer.read()
-            connection.close()
+            with closing(http.client.HTTPConnection(host, timeout=600)) as connection:
+                connection.request("POST", self.path, body, {"content-type": "application/json"})
+                answer = connection.getresponse()
+                content = answer.read()
             self.send_response(answer.status)
             self.send_header("content-type", "application/json")
             self.send_header("content-length", str(len(content)))

@@ -32,8 +32,14 @@ LOCAL = {
     "usd_per_million_input_tokens": 0.0,
     "usd_per_million_output_tokens": 0.0,
 }
-# What keeps a model that was never taught to chat from going on for ever; blind all the same.
-SHORT = {"grammar": 'root ::= "red: " word "\\nblue: " word "\\nyellow: " word\nword ::= "yes" | "no"'}
+# A model that was never taught to chat goes on for ever; this is an end for it. Blind all the same. The letters make
+# each critique its own, and so each question to the Judge.
+SHORT = {
+    "extra_body": {
+        "grammar": 'root ::= [a-z]{8,16} "\\nred: " word "\\nblue: " word "\\nyellow: " word\nword ::= "yes" | "no"'
+    },
+    "temperature": 1.0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +143,7 @@ def test_kills_of_dvc_repro_lose_nothing_and_buy_nothing_twice(tmp_path: Path, s
         {
             "critique.critic": "model",
             "critique.max_failed_share": 1.0,
-            "critique.endpoint": {**settings, "model": "gemma-3-270m-random-eyes", "extra_body": SHORT},
+            "critique.endpoint": {**settings, "model": "gemma-3-270m-random-eyes", **SHORT},
             "judge.judge": "model",
             "judge.max_failed_share": 1.0,
             "judge.max_attempts": 1,
