@@ -4,8 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lvlmva_core.comparison import SUBJECT
-from lvlmva_core.outputs import BASE
+from lvlmva_core.outputs import BASE, SUBJECT
 
 
 @dataclass(frozen=True)
