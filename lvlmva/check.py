@@ -17,13 +17,13 @@ from typing import Annotated, Literal
 import numpy as np
 import typer
 
-from lvlmva.ask import allowed_hosts, confirm_host, open_calls, save_elsewhere
+from lvlmva.ask import allowed_hosts, confirm_host, open_calls, save_elsewhere, short_inputs
 from lvlmva.check_model import check_model
 from lvlmva.params import Params, load_params, prompts_folder
 from lvlmva.pipeline import paths
 from lvlmva.probe import Estimate, Probed, megabytes_available, probe
 from lvlmva_core.errors import InputError
-from lvlmva_core.lvlm.budget import estimate_calls, estimate_input_tokens, price_is_known
+from lvlmva_core.lvlm.budget import Spent, estimate_calls, estimate_input_tokens, price_is_known
 from lvlmva_core.lvlm.calls import Call, answer_text
 from lvlmva_core.lvlm.client import CallFailedError, Client, Question, check_endpoint, host_of, is_loopback
 from lvlmva_core.lvlm.critic import critic_call, why_no_critique
@@ -330,23 +330,25 @@ def _one_call(
         confirm_host(critic.endpoint)
         return key
 
-    async def buy() -> tuple[str, float]:
+    async def buy() -> tuple[str, Spent]:
         client = Client(
             critic.endpoint, "critique.endpoint", open_calls(known["critiques"]), prepare, False, save_elsewhere
         )
         async with client:
             question = Question(call.keys(), lambda: call, "a probe", lambda text: why_no_critique(text, colours))
             record = await client.ask(question)
-        return answer_text(record), client.spent.cost_usd
+        return answer_text(record), client.spent
 
     started = time.monotonic()
     try:
-        text, cost = asyncio.run(buy())
+        text, spent = asyncio.run(buy())
     except (InputError, CallFailedError) as error:
         done.add("asked", "fail", f"one question got no usable answer: {error}")
         return None
     seconds = time.monotonic() - started
-    done.add("asked", "ok", f"an answer of {len(text)} characters in {seconds:.1f} s for {cost:.4f} USD")
+    done.add("asked", "ok", f"an answer of {len(text)} characters in {seconds:.1f} s for {spent.cost_usd:.4f} USD")
+    if spent.short:
+        done.add("asked", "warn", short_inputs(spent))
     return seconds
 
 

@@ -40,9 +40,14 @@ class Rank(Settings):
 
 
 class Mask(Settings):
-    """How verdicts become masks."""
+    """How verdicts become masks.
+
+    weights: "verdicts": a region that was judged "no" is masked whole; "votes": each region by the share of several
+    answers that reject it (an extension).
+    """
 
     max_failed_share: Share
+    weights: Literal["verdicts", "votes"] = "verdicts"
 
 
 class Explain(Settings):
@@ -124,6 +129,25 @@ class Params(Settings):
             )
         return chosen
 
+    def check_weights(self) -> None:
+        """Refuse masks weighed by votes where none are cast, or where all shares are 0 or 1.
+
+        Raises:
+            InputError: naming what to change.
+        """
+        if self.mask.weights == "verdicts":
+            return
+        key, critics, cascade = "mask.weights = 'votes'", self.critique.all_critics(), self.critique.cascade
+        if self.critique.one_answer():
+            raise InputError(f"{key} needs several answers; set critique.samples or critique.critics, or remove it")
+        if self.judge.votes == "unanimous":
+            raise InputError(f"{key}: what is rejected by judge.votes 'unanimous' has all votes; set it to majority")
+        if cascade is not None and cascade.disagreement and critics[-1].answers() == 1:
+            raise InputError(
+                f"{key}: in this cascade no vote is split, since its last critic alone decides where others disagree; "
+                "give it samples: 2 or more, or remove cascade"
+            )
+
     def check_supervision(self, *, groups: bool, true_masks: bool) -> None:
         """Refuse what needs labels that the data set does not have, before anything is trained for it.
 
@@ -188,6 +212,7 @@ def load_params(path: Path) -> Params:
     try:
         params = _validated(Params, content, "")
         params.chosen_methods()
+        params.check_weights()
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     return params

@@ -10,7 +10,7 @@ import typer
 from lvlmva.ask import criticise_by_model, judge_by_model
 from lvlmva_core.errors import InputError
 from lvlmva_core.lvlm.answers import alone, join_critiques, join_verdicts, tokens_of
-from lvlmva_core.lvlm.budget import Spent, cost_usd
+from lvlmva_core.lvlm.budget import Spent, cost_usd, price_is_known
 from lvlmva_core.lvlm.cases import Case
 from lvlmva_core.lvlm.client import model_name
 from lvlmva_core.lvlm.critic import criticise
@@ -177,8 +177,7 @@ def describe(cost: CascadeCost, last: Any, priced: bool) -> str:
 
 
 def _priced(config: Several) -> bool:
-    endpoints = [each.endpoint for each in config.all_critics() if isinstance(each, ModelCritic)]
-    return all(each.usd_per_million_input_tokens is not None for each in endpoints)
+    return all(price_is_known(each.endpoint) for each in config.all_critics() if isinstance(each, ModelCritic))
 
 
 def _named(config: Several) -> str:

@@ -12,14 +12,15 @@ MaskSet = tuple[list[str], np.ndarray]
 class Given:
     """What masks can be made of, each read only by a method that asks for it.
 
-    verdicts, truth: give sample ids and their masks, bool (n, H, W).
+    verdicts, truth: give sample ids and their masks, bool (n, H, W); verdicts may be weights in [0, 1], float32, which
+        are moved as masks are.
     """
 
     verdicts: Callable[[], MaskSet]
     truth: Callable[[], MaskSet]
 
 
-# (given, seeds) -> sample ids, and masks bool (n, H, W) for all seeds or (len(seeds), n, H, W)
+# (given, seeds) -> sample ids, and masks bool (or weights) (n, H, W) for all seeds or (len(seeds), n, H, W)
 MaskSource = Callable[[Given, Sequence[int]], MaskSet]
 MASK_SOURCES: dict[str, MaskSource] = {}
 

@@ -12,12 +12,12 @@ from lvlmva.pipeline import code_files
 from lvlmva_core.align_settings import AlignSettings
 from lvlmva_core.alignment import align_ensemble
 from lvlmva_core.alignment.selection import best_runs, selection_of, summary_of
-from lvlmva_core.arrays import read_array, read_attrs, read_json, read_table, write_json
+from lvlmva_core.arrays import read_json, read_table, write_json
 from lvlmva_core.compute import set_up_compute
 from lvlmva_core.controls import MASK_SOURCES, Given
 from lvlmva_core.models import load_checkpoint, save_checkpoint, weights_digest
 from lvlmva_core.resume import Resume
-from lvlmva_core.samples import read_known_masks, read_samples
+from lvlmva_core.samples import read_known_masks, read_penalised, read_samples
 from lvlmva_core.splits import read_sample_rows, read_split
 
 
@@ -42,7 +42,7 @@ def align(
     device = set_up_compute(compute.device, compute.threads)
     table = read_samples(samples)
     given = Given(
-        verdicts=lambda: (list(read_attrs(masks)["ids"]), read_array(masks, "masks")),
+        verdicts=lambda: read_penalised(masks),
         truth=lambda: read_known_masks(spurious_masks, table, read_table(alignment_set, ["id"])["id"].tolist()),
     )
     ids, drawn = MASK_SOURCES[method](given, [seed for _, seed in config.runs()])

@@ -131,6 +131,7 @@ def join_verdicts(row: CritiqueRow, judged: Sequence[VerdictRow], rule: Rule) ->
             "verdicts": verdicts,
             "records": [],
             "answers": kept,
+            "votes": rule,
             **({"further": list(row.further)} if row.further else {}),
         }
     )

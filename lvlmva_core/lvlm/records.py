@@ -131,13 +131,15 @@ class CritiqueRow(Row):
 class VerdictRow(Row):
     """Verdicts of a critique's regions, each once. records: the calls that they came from, all attempts in order.
 
-    answers: where several were asked for, what each was judged to say; `verdicts` are their votes, and `records` empty.
+    answers: where several were asked for, what each was judged to say; `verdicts` are their votes by the rule `votes`,
+    and `records` empty.
     """
 
     judge: Text
     verdicts: list[Verdict]
     records: list[Record]
     answers: list[JudgedAnswer] = Field(default_factory=list)
+    votes: Literal["majority", "unanimous"] = "majority"
 
     def all_answers(self) -> Sequence[JudgedAnswer]:
         """Several answers, or none where one was asked for."""
@@ -154,6 +156,19 @@ class VerdictRow(Row):
     def by_region(self) -> dict[int, str]:
         """Region -> "yes" | "no"."""
         return {each.region: each.verdict for each in self.verdicts}
+
+    def shares_rejecting(self) -> dict[int, float]:
+        """Region -> share of the votes that reject it, 0..1.
+
+        Raises:
+            InputError: there were no votes.
+        """
+        if self.failure is None and any(each.certainty is None for each in self.verdicts):
+            raise InputError(f"'{self.sample}' has one answer, which casts no votes; run `dvc repro critique`")
+        return {
+            each.region: (each.certainty or 0.0) if each.verdict == "no" else 1.0 - (each.certainty or 0.0)
+            for each in self.verdicts
+        }
 
 
 AnyRow = TypeVar("AnyRow", bound=Row)

@@ -306,3 +306,37 @@ def test_what_needs_labels_that_a_data_set_lacks_is_refused(
         params.check_supervision(groups=groups, true_masks=masks)
     assert "\n" not in str(caught.value)
     params.check_supervision(groups=True, true_masks=True)
+
+
+NO = {"disagreement": False}
+MODEL = {"critic": "model", "samples": 3, "endpoint": {"base_url": "http://localhost:1/v1", "model": "m"}}
+
+
+@pytest.mark.parametrize(
+    ("critique", "judge", "message"),
+    [
+        ({}, {}, "needs several answers"),
+        ({**MODEL, "samples": 1}, {}, "needs several answers"),
+        (MODEL, {"votes": "unanimous"}, r"judge\.votes 'unanimous' has all votes"),
+        ({**MODEL, "critics": [{"critic": "rules"}], "cascade": {}}, {}, "in this cascade no vote is split"),
+        (MODEL, {}, None),
+        ({"critics": [{"critic": "oracle"}]}, {}, None),
+        ({**MODEL, "critics": [{**MODEL}], "cascade": {}}, {}, None),
+        (
+            {**MODEL, "critics": [{"critic": "rules"}], "cascade": {"disagreement": False, "reliance_above": 0.5}},
+            {},
+            None,
+        ),
+    ],
+)
+def test_votes_weigh_masks_only_where_they_can_be_split(
+    tmp_path: Path, critique: dict[str, Any], judge: dict[str, Any], message: str | None
+) -> None:
+    changes = [(f"critique.{key}", value) for key, value in critique.items()]
+    changes += [(f"judge.{key}", value) for key, value in judge.items()]
+    file = _params_with(tmp_path, ("mask.weights", "votes"), *changes)
+    if message is None:
+        assert load_params(file).mask.weights == "votes"
+        return
+    with pytest.raises(InputError, match=rf"mask\.weights = 'votes'.*{message}"):
+        load_params(file)

@@ -1,6 +1,7 @@
 """What is drawn, read back from the figures."""
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,9 @@ from matplotlib.text import Text
 
 from lvlmva.sweep import read_experiments, sweep
 from lvlmva_core.errors import InputError
+from lvlmva_core.report.chain import chain_figure
 from lvlmva_core.report.figures import differences_figure, outcome_figure, sweep_figure
+from lvlmva_core.report.panel import panel_of
 
 
 def test_differences_are_drawn_with_a_star_where_they_are_significant() -> None:
@@ -111,3 +114,19 @@ def test_a_sweep_is_printed_with_the_columns_that_were_asked_for(
     assert (tmp_path / "sweep.png").stat().st_size > 0
     with pytest.raises(InputError, match=r"no column 'rank\.share'; its first line"):
         read_experiments(file, "rank.strategy", ["rank.share"])
+
+
+@pytest.mark.parametrize("overlay", ["grey", "colour"])
+def test_the_overlay_is_drawn_as_the_critic_was_shown_it(overlay: Literal["grey", "colour"]) -> None:
+    """Of a picture all orange: the stripes leave it as it is between them, the grey one nowhere."""
+    picture = np.broadcast_to(np.array([250, 140, 10], np.uint8)[:, None, None], (3, 32, 32))
+    segments = np.repeat(np.array([0, 1], np.uint8), 512).reshape(32, 32)
+    parts = {"before": np.ones((32, 32)), "after": np.ones((32, 32)), "segments": segments, "mask": segments == 1}
+    named = {"masks" if name == "mask" else name: ({"ids": ["a"]}, part[None]) for name, part in parts.items()}
+    samples = pd.DataFrame({"id": ["a"], "label": [0]})
+    panel = panel_of(samples, ["a"], picture[None], ["k"], "who", named, np.ones(1), overlay)
+    chain = chain_figure("a", picture, parts, [], None, "who", overlay)
+    for figure in (panel, chain):
+        titled = next(axes for axes in figure.axes if axes.get_title() == "overlay")
+        shown = np.asarray(titled.images[0].get_array())
+        assert (shown == [250, 140, 10]).all(axis=2).any() == (overlay == "colour")
