@@ -165,7 +165,7 @@ def judge_by_model(
         client.spent.hits += judged.looked_up
         return judged
 
-    asked = [row for row in critiques if row.failure is None]
+    asked = [row for row in critiques if row.critique is not None]
     results = ask_all(
         asked,
         name_of=lambda row: row.sample,
@@ -183,7 +183,7 @@ def judge_by_model(
     if results is None:
         return []
     found = iter(results)
-    return [row_of_judged(row, config, next(found) if row.failure is None else None) for row in critiques]
+    return [row_of_judged(row, config, next(found) if row.critique is not None else None) for row in critiques]
 
 
 def ask_all(

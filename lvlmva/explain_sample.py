@@ -119,10 +119,13 @@ def read_chain(sample: str, known: dict[str, Path]) -> Chain:
     verdict = _record(chain, known["verdicts"], VerdictRow, "judge")
     verdicts = verdict.by_region() if verdict else {}
     if critique is not None:
-        chain.critic, chain.critique = critique.critic, critique.critique or f"({critique.failure})"
+        nothing = critique.failure or "nobody was asked: the prediction depends on no region"
+        chain.critic, chain.critique = critique.critic, critique.critique or f"({nothing})"
         chain.overlay = critique.settings.get("overlay", "grey")
     if verdict is not None:
         chain.judge = verdict.judge
+        if verdict.not_asked is not None and verdict.failure is None:
+            verdicts |= {each.region: "yes (not asked)" for each in verdict.not_asked.regions}
     if chain.segments is not None:
         positive = np.maximum(chain.before, 0) if chain.before is not None else np.zeros(chain.segments.shape)
         total = float(positive.sum()) or 1.0

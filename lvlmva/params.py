@@ -176,6 +176,19 @@ class Params(Settings):
                     f"set it to {'accuracy' if section == 'retrained' else 'pseudo_group, which needs none'}"
                 )
 
+    def check_batches(self, n_train: int) -> None:
+        """Refuse batches of training pictures that the split train cannot fill, before anybody is paid for masks.
+
+        Raises:
+            InputError: naming the key, and the method where it is one's own.
+        """
+        for name, settings in self.chosen_methods().items():
+            batch = getattr(settings, "training_batch", 0)
+            if batch > n_train:
+                own = "training_batch" in self.methods.get(name, {})
+                place = f"methods.{name}.training_batch" if own else "align.training_batch"
+                raise InputError(f"{place} = {batch}, the split train has {n_train} pictures; lower it")
+
 
 def _check_method(section: str, name: str, kind: str) -> None:
     known = [each for each, method in METHODS.items() if method.kind == kind]
@@ -216,6 +229,15 @@ def load_params(path: Path) -> Params:
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     return params
+
+
+def sections_lacking(path: Path) -> list[str]:
+    """Sections that have defaults and do not stand in params.yaml: the stages could go on, but DVC, which follows them,
+    refuses."""
+    from ruamel.yaml import YAML
+
+    content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    return [name for name in Params.model_fields if name not in content]
 
 
 def prompts_folder(prompts: Path, key: str, name: str) -> Path:

@@ -10,12 +10,11 @@ import typer
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from lvlmva.changes import apply_changes, lay_over
+from lvlmva.changes import WHOLE, apply_changes, lay_over
 from lvlmva.params import load_params
 from lvlmva_core.errors import InputError
 
 DEFAULT = "decoy_digits"
-WHOLE = ("methods", "retrained")  # say which run: what a preset does not name does not run
 
 
 def preset(

@@ -133,6 +133,7 @@ def join_verdicts(row: CritiqueRow, judged: Sequence[VerdictRow], rule: Rule) ->
             "answers": kept,
             "votes": rule,
             **({"further": list(row.further)} if row.further else {}),
+            **({} if row.not_asked is None else {"not_asked": row.not_asked}),
         }
     )
 

@@ -10,10 +10,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
 from lvlmva.sweep import read_experiments, sweep
+from lvlmva_core.comparison import over_seeds
 from lvlmva_core.errors import InputError
 from lvlmva_core.report.chain import chain_figure
 from lvlmva_core.report.figures import differences_figure, outcome_figure, sweep_figure
 from lvlmva_core.report.panel import panel_of
+from lvlmva_core.report.tables import before_and_after
 
 
 def test_differences_are_drawn_with_a_star_where_they_are_significant() -> None:
@@ -114,6 +116,13 @@ def test_a_sweep_is_printed_with_the_columns_that_were_asked_for(
     assert (tmp_path / "sweep.png").stat().st_size > 0
     with pytest.raises(InputError, match=r"no column 'rank\.share'; its first line"):
         read_experiments(file, "rank.strategy", ["rank.share"])
+
+
+def test_one_seed_has_no_spread_in_the_table() -> None:
+    runs = {"base": {"": {"test.accuracy": 0.5}}, "lvlm_va": {"0": {"test.accuracy": 0.6}, "1": {"test.accuracy": 0.8}}}
+    one = {"base": runs["base"], "lvlm_va": {"0": {"test.accuracy": 0.6}}}
+    assert [row[1] for row in before_and_after({"methods": over_seeds(runs)})[1]] == ["0.500", "0.700 ± 0.141"]
+    assert [row[1] for row in before_and_after({"methods": over_seeds(one)})[1]] == ["0.500", "0.600"]
 
 
 @pytest.mark.parametrize("overlay", ["grey", "colour"])
