@@ -18,6 +18,7 @@ from lvlmva.pipeline import deps
 from lvlmva.preset import preset
 from lvlmva.results import results
 from lvlmva.sweep import sweep
+from lvlmva.tables import tables
 from lvlmva_core.errors import InputError
 
 
@@ -42,6 +43,7 @@ app.command()(calibrate)
 app.command()(results)
 app.command("explain")(explain_sample)
 app.command()(sweep)
+app.command()(tables)
 app.command()(deps)
 app.command("check-model")(check_model_command)
 app.command("export")(export_model)

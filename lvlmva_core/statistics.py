@@ -73,7 +73,7 @@ def hierarchical_bootstrap(
     rng = np.random.default_rng([seed, 13])
     found = np.empty(draws)
     for draw in range(draws):
-        of_bases = rng.integers(bases, size=bases)[:, None]
+        of_bases = rng.integers(bases, size=(bases, 1))
         of_seeds = rng.integers(seeds, size=(bases, seeds))
         drawn = rng.integers(pictures, size=pictures)
         found[draw] = statistic(values[of_bases, of_seeds][:, :, drawn])

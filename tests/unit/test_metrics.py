@@ -249,5 +249,5 @@ def test_holm_is_the_closed_test_with_bonferroni() -> None:
             for name in p
         }
         assert holm(p) == pytest.approx(closed)
-    # statsmodels 0.14.5, multipletests([0.01, 0.04, 0.03], method="holm")[1]
+    # statsmodels 0.15.0, multipletests([0.01, 0.04, 0.03], method="holm")[1]
     assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
