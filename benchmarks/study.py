@@ -33,7 +33,11 @@ METHODS = (
     *("lvlm_va", "random_masks", "class_matched", "flagged_pictures"),
     *("lvlm_va_both", "both_random_masks", "both_class_matched"),
 )
-CHANGES = {  # laid over the preset; why: docs/study.md
+CHANGES: dict[str, tuple[str, ...]] = {  # laid over the preset; why: docs/study.md
+    "decoy_digits": (
+        *("critique.critic=oracle", "critique.false_negative_rate=0.13", "critique.false_positive_rate=0.05"),
+        "evaluate.robustness=false",
+    ),
     "knee": ("critique.false_negative_rate=0.13", "critique.false_positive_rate=0.0045"),
     "skin": ("critique.false_negative_rate=0.13", "critique.false_positive_rate=0.01", "align.selection=null"),
 }
