@@ -157,8 +157,9 @@ def summary_of(runs: "Sequence[AlignedRun]", settings: "AlignSettings") -> dict[
     summary: dict[str, Any] = {
         "val_accuracy": _over_seeds(best)["val_accuracy"],
         "rrr_lambda": {"inputs_0_to_1": rrr_lambda, "inputs_0_to_255": rrr_lambda * 255**2},
-        "penalty": settings.penalty,
     }
+    if settings.correction != "counterexamples":
+        summary["penalty"] = settings.penalty
     if made_like := settings.made_like():
         summary |= {"correction": f"{settings.correction} (an extension)", "counterexamples": made_like.model_dump()}
     if settings.selection is not None:
