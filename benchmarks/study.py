@@ -10,8 +10,10 @@ skipped, so that the same command goes on after a kill, and takes in more bases 
 """
 
 import argparse
+import contextlib
 import importlib
 import inspect
+import io
 import os
 import shutil
 import statistics
@@ -22,8 +24,10 @@ from pathlib import Path
 
 from lvlmva.pipeline import paths
 from lvlmva.preset import preset
+from lvlmva_core import methods
 from lvlmva_core.arrays import read_json, write_json
 from lvlmva_core.comparison import Runs, measure
+from lvlmva_core.errors import InputError
 from lvlmva_core.outputs import BASE, Outputs, read_outputs
 from lvlmva_core.samples import read_samples, read_spurious_masks, rows_of_ids
 from lvlmva_core.study import compared, rows_of
@@ -46,7 +50,7 @@ CHAIN = ("train", "rank", "attribute", "segment", "critique", "judge", "mask", "
 RESULTS = Path("docs/results")
 
 
-def work_of(folder: Path, bases: int, methods: list[str]) -> Iterator[tuple[Path, str, dict[str, str]]]:
+def work_of(folder: Path, bases: int, chosen: list[str]) -> Iterator[tuple[Path, str, dict[str, str]]]:
     """Every piece of work in order: the base's folder, the stage, and its options beside paths."""
     yield folder / "base=0", "prepare", {}
     for base in range(bases):
@@ -54,9 +58,21 @@ def work_of(folder: Path, bases: int, methods: list[str]) -> Iterator[tuple[Path
         for stage in CHAIN:
             yield here, stage, {}
         yield here, "evaluate", {"method": BASE}
-        for method in methods:
+        for method in chosen:
             yield here, "align", {"method": method}
             yield here, "evaluate", {"method": method}
+
+
+def set_up(here: Path, experiment: str, changes: list[str]) -> None:
+    """Write params.yaml of a base. Raises InputError where another study lies there."""
+    here.mkdir(parents=True, exist_ok=True)
+    params, wanted = here / "params.yaml", here / "wanted.yaml"
+    shutil.copy("params.yaml", wanted)
+    with contextlib.redirect_stdout(io.StringIO()):  # the change is no news here
+        preset(experiment, changes, False, wanted, Path("presets"))
+    if params.exists() and params.read_bytes() != wanted.read_bytes():
+        raise InputError(f"{params}: of another study (it differs from {wanted}); take another --work")
+    wanted.replace(params)
 
 
 def run(folder: Path, here: Path, stage: str, options: dict[str, str]) -> None:
@@ -124,7 +140,7 @@ def main() -> None:
     parser.add_argument("--weights", default="", help="train.weights")
     parser.add_argument("--bases", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), help="rrr_gt and random_pictures may be added")
     parser.add_argument("--tables", action="store_true", help="only write the tables of what is there")
     options = parser.parse_args()
     folder = options.work.resolve()
@@ -133,17 +149,17 @@ def main() -> None:
         write_tables(folder, options.experiment)
         return
     changes = [*CHANGES[options.experiment], f"align.seeds={list(range(options.seeds))}"]
-    changes += [f"methods={{{', '.join(f'{name}: {{}}' for name in METHODS)}}}", "retrained={}"]
+    every = [name for name, method in methods.METHODS.items() if method.kind == "penalty"]
+    changes += [f"methods={{{', '.join(f'{name}: {{}}' for name in every)}}}"]
     changes += [f"prepare.root={options.root}"] if options.root else []
     changes += [f"train.weights={options.weights}"] if options.weights else []
     for base in range(options.bases):
-        here = folder / f"base={base}"
-        here.mkdir(parents=True, exist_ok=True)
-        if not (here / "params.yaml").exists():
-            shutil.copy("params.yaml", here / "params.yaml")
-            preset(options.experiment, [*changes, f"train.seed={base}"], False, here / "params.yaml", Path("presets"))
+        set_up(folder / f"base={base}", options.experiment, [*changes, f"train.seed={base}"])
     study(folder, list(work_of(folder, options.bases, options.methods)), options.experiment)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")
