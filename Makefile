@@ -22,7 +22,7 @@ $(STAMP): requirements.lock pyproject.toml
 setup: $(STAMP) ## install everything into .venv
 
 demo: $(STAMP) ## run the whole pipeline on the default data and print the table before/after
-	PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro
+	PATH="$(CURDIR)/$(BIN):$$PATH" lvlmva repro
 	$(BIN)/lvlmva results
 	@echo "Pictures and the page: reports/outcome.png, reports/panel.png, reports/report.html"
 

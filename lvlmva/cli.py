@@ -16,6 +16,7 @@ from lvlmva.gate import gate
 from lvlmva.new import new
 from lvlmva.pipeline import deps
 from lvlmva.preset import preset
+from lvlmva.repro import repro
 from lvlmva.results import results
 from lvlmva.sweep import sweep
 from lvlmva.tables import tables
@@ -39,6 +40,7 @@ app.add_typer(calls, name="calls")
 app.command()(new)
 app.command()(check)
 app.command()(preset)
+app.command()(repro)
 app.command()(calibrate)
 app.command()(results)
 app.command("explain")(explain_sample)

@@ -9,12 +9,12 @@ from pydantic import BaseModel, Field, ValidationError
 
 from lvlmva_core.align_settings import UNUSED, AlignSettings, SharedAlignSettings
 from lvlmva_core.attribution_methods import AttributionMethod
-from lvlmva_core.comparison import SUBJECT
 from lvlmva_core.datasets.registry import Prepare
 from lvlmva_core.errors import InputError
 from lvlmva_core.exchange_settings import Exchange
 from lvlmva_core.lvlm.settings import Critique, Judge
 from lvlmva_core.methods import METHODS
+from lvlmva_core.outputs import SUBJECT
 from lvlmva_core.regions import Overlap
 from lvlmva_core.segmenters import Segmenter
 from lvlmva_core.settings import Choice, Count, Seed, Settings, Share

@@ -12,7 +12,6 @@ import typer
 from lvlmva_core.errors import InputError
 from lvlmva_core.methods import METHODS
 from lvlmva_core.metrics import METRICS
-from lvlmva_core.report.figures import save_figure, sweep_figure
 from lvlmva_core.report.tables import markdown_table
 
 SWEPT = ("lvlm_va", "random_masks", "rrr_gt")
@@ -30,6 +29,8 @@ def sweep(
     of that file for the table, separated by commas. The workspace is passed over, and so are experiments without
     metrics.
     """
+    from lvlmva_core.report.figures import save_figure, sweep_figure  # matplotlib: no other command should wait for it
+
     table, columns = read_experiments(experiments, setting, [name for name in also.split(",") if name])
     values = {
         (x, f"{METHODS[method].label}: {metric}"): f"{mean:.3f} ± {std:.3f}"

@@ -20,7 +20,7 @@ from lvlmva_core.metrics import (
     reliance_on_rejected,
     verdict_quality,
 )
-from lvlmva_core.outputs import BASE, Outputs
+from lvlmva_core.outputs import BASE, SUBJECT, Outputs
 from lvlmva_core.regions import ON_OBJECT, Overlap, overlaps
 from lvlmva_core.samples import TWINS, groups_known
 from lvlmva_core.statistics import bootstrap_interval, mean_and_std, wilcoxon_test
@@ -28,7 +28,6 @@ from lvlmva_core.statistics import bootstrap_interval, mean_and_std, wilcoxon_te
 if TYPE_CHECKING:
     from lvlmva_core.lvlm.records import VerdictRow
 
-SUBJECT = "lvlm_va"  # tested against every other method; the others against the base model
 
 GROUP_COLUMNS = ["label", "spurious", "count", "accuracy", "method", "seed"]
 

@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lvlmva_core.align_settings import Correction
-from lvlmva_core.comparison import SUBJECT
-from lvlmva_core.outputs import BASE
+from lvlmva_core.outputs import BASE, SUBJECT
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from lvlmva_core.errors import InputError
 
 FORMAT = 2
 BASE = "base"  # the method that is the base model itself; its only seed is ""
+SUBJECT = "lvlm_va"  # tested against every other method; the others against the base model
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ import pandas as pd
 from lvlmva.entry import run
 from lvlmva.params import load_params
 from lvlmva_core.arrays import read_array, read_attrs, read_json, read_table
-from lvlmva_core.comparison import SUBJECT
-from lvlmva_core.outputs import BASE, read_outputs
+from lvlmva_core.outputs import BASE, SUBJECT, read_outputs
 from lvlmva_core.report.figures import save_figure
 from lvlmva_core.report.findings import Findings, figures_of, page_of
 from lvlmva_core.samples import read_images, read_samples, rows_of_ids

@@ -47,7 +47,7 @@ def embeddings_figure(
     crossed = np.zeros(len(labels), dtype=bool) if spurious is None else spurious
     figure = Figure(figsize=(4.6 * len(features), 4.2), layout="constrained")
     for axes, (name, values) in zip(np.atleast_1d(figure.subplots(1, len(features))), features.items(), strict=True):
-        components = PCA(2, svd_solver="full")  # of each, the largest entry is made positive
+        components = PCA(2, svd_solver="covariance_eigh")  # of each, the largest entry is made positive
         places = components.fit_transform(values.astype(np.float64))
         for k, class_name in enumerate(class_names):
             for has, marker in ((False, "."), (True, "x")):

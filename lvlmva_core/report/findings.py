@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lvlmva_core.comparison import SUBJECT
 from lvlmva_core.methods import METHODS
+from lvlmva_core.outputs import SUBJECT
 from lvlmva_core.report import diagnostics, figures, tables
 from lvlmva_core.report.page import render_page
 from lvlmva_core.report.panel import Named, panel_of

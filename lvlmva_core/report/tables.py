@@ -3,11 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lvlmva_core.comparison import SUBJECT
 from lvlmva_core.lvlm.offline import is_stand_in
 from lvlmva_core.methods import METHODS, in_order
 from lvlmva_core.metrics import METRICS
-from lvlmva_core.outputs import BASE
+from lvlmva_core.outputs import BASE, SUBJECT
 from lvlmva_core.report.page import Table
 from lvlmva_core.samples import TWINS
 

@@ -91,7 +91,16 @@ def _pipeline(stages: dict[str, str]) -> dict[str, Any]:
 
 def _first(tmp_path: Path, server: Server, stages: dict[str, str], **variables: str) -> Clone:
     """The first clone: a project under git and DVC with a folder as the remote and a bare repository as origin."""
-    one = Clone(project(tmp_path / "one", server, COUNT), **variables)
+    made = tmp_path.parent / f"first-{server.url.rpartition(':')[2]}-{'-'.join(stages)}"
+    if not made.exists():  # all that is in it names its neighbours relatively, so that each test takes a copy
+        _make_first(made, server, stages)
+    shutil.copytree(made, tmp_path, symlinks=True, dirs_exist_ok=True)
+    return Clone(tmp_path / "one", **variables)
+
+
+def _make_first(place: Path, server: Server, stages: dict[str, str]) -> None:
+    place.mkdir()
+    one = Clone(project(place / "one", server, COUNT))
     (one.folder / "prompts").unlink()
     if "segment" in stages:
         shutil.rmtree(one.folder / "data" / "segments.zarr")
@@ -99,18 +108,17 @@ def _first(tmp_path: Path, server: Server, stages: dict[str, str], **variables: 
     one.run("git init --quiet --initial-branch=main")
     one.run("dvc init --quiet")
     one.run("dvc config core.analytics false")
-    (tmp_path / "remote").mkdir()
-    one.run(f"dvc remote add --default shared {tmp_path / 'remote'}")
+    (place / "remote").mkdir()
+    one.run("dvc remote add --default shared ../remote")
     with (one.folder / ".dvc" / ".gitignore").open("a") as ignored:
         ignored.write("/lvlmva-store\n")
     with (one.folder / "dvc.yaml").open("w") as file:
         YAML(typ="safe", pure=True).dump(_pipeline(stages), file)
     one.run("dvc add --quiet " + " ".join([*DATA, *(["data/segments.zarr"] if "segment" not in stages else [])]))
     one.run("dvc config core.autostage true")
-    subprocess.run(["git", "init", "--quiet", "--bare", "--initial-branch=main", tmp_path / "origin"], check=True)
-    one.run(f"git remote add origin {tmp_path / 'origin'}")
+    subprocess.run(["git", "init", "--quiet", "--bare", "--initial-branch=main", place / "origin"], check=True)
+    one.run("git remote add origin ../origin")
     one.commit()
-    return one
 
 
 def _clone(tmp_path: Path, name: str, **variables: str) -> Clone:
