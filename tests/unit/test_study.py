@@ -94,6 +94,11 @@ def test_the_family_is_base_lambda_zero_and_the_best_control(found: tuple[pd.Dat
     reliance = comparisons[comparisons["measure"] == "reliance"]
     assert reliance["against"].tolist() == [BASE, "lambda_zero", "counterexamples_class_matched"]
     complete = rows[rows["base"] != "3"].groupby("method")["reliance"].mean()
+    for name in ("wga", "accuracy"):
+        means = rows[rows["base"] != "3"].groupby("method")[name].mean()
+        for row in comparisons[comparisons["measure"] == name].to_dict("records"):
+            assert row["value"] == pytest.approx(means[row["method"]])
+            assert row["value_against"] == pytest.approx(means[row["against"]])
     for row in reliance.to_dict("records"):
         assert row["difference"] == pytest.approx(complete[row["method"]] - complete[row["against"]])
         assert row["low"] < row["difference"] < row["high"] < 0
