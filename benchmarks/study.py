@@ -92,7 +92,7 @@ def run(folder: Path, here: Path, stage: str, options: dict[str, str]) -> None:
     function(**{name: known[name] for name in inspect.signature(function).parameters if name in known}, **options)
 
 
-def study(folder: Path, work: list[tuple[Path, str, dict[str, str]]], experiment: str) -> None:
+def study(folder: Path, work: list[tuple[Path, str, dict[str, str]]], rows: Path) -> None:
     """Do what is not done, and say how long the rest will take, from how long each stage took here before."""
     took: dict[str, list[float]] = read_json(folder / "took.json") if (folder / "took.json").exists() else {}
     marks = [folder / "done" / "-".join([here.name, stage, *options.values()]) for here, stage, options in work]
@@ -116,11 +116,11 @@ def study(folder: Path, work: list[tuple[Path, str, dict[str, str]]], experiment
         )
         sys.stdout.flush()
         if place + 1 == len(work) or work[place + 1][0] != here:
-            write_tables(folder, experiment)
+            write_tables(folder, rows)
 
 
-def write_tables(folder: Path, experiment: str) -> None:
-    """Write the rows and the comparisons of what is complete."""
+def write_tables(folder: Path, rows: Path) -> None:
+    """Write the rows, and beside them the comparisons, of what is complete."""
     samples = read_samples(folder / Path(paths()["samples"]).name)
     models: dict[str, dict[str, Outputs]] = {}
     values: dict[str, Runs] = {}
@@ -134,9 +134,10 @@ def write_tables(folder: Path, experiment: str) -> None:
             masks = read_spurious_masks(folder / Path(paths()["spurious_masks"]).name, explained)[0]
             models[base], values[base] = outputs, measure(outputs, samples, masks)[0]
     if values:
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        rows_of(values).to_csv(RESULTS / f"{experiment}.csv", index=False, float_format="%.6f")
-        compared(models, samples).to_csv(RESULTS / f"{experiment}_compared.csv", index=False, float_format="%.6f")
+        rows.parent.mkdir(parents=True, exist_ok=True)
+        rows_of(values).to_csv(rows, index=False, float_format="%.6f")
+        beside = rows.with_name(f"{rows.stem}_compared.csv")
+        compared(models, samples).to_csv(beside, index=False, float_format="%.6f")
 
 
 def main() -> None:
@@ -149,19 +150,23 @@ def main() -> None:
     parser.add_argument("--bases", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help="rrr_gt and random_pictures may be added")
+    parser.add_argument("--set", "-S", action="append", default=[], help="section.key=value, laid over it")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where the rows are written")
     parser.add_argument("--tables", action="store_true", help="only write the tables of what is there")
     options = parser.parse_args()
     folder = options.work.resolve()
+    rows = options.results / f"{options.experiment}.csv"
     os.environ["LVLMVA_STORE"] = str(folder / "store")
     if options.tables:
-        write_tables(folder, options.experiment)
+        write_tables(folder, rows)
         return
     changes = changes_of(options.experiment, options.seeds)
     changes += [f"prepare.root={options.root}"] if options.root else []
     changes += [f"train.weights={options.weights}"] if options.weights else []
+    changes += options.set
     for base in range(options.bases):
         set_up(folder / f"base={base}", options.experiment, [*changes, f"train.seed={base}"])
-    study(folder, list(work_of(folder, options.bases, options.methods)), options.experiment)
+    study(folder, list(work_of(folder, options.bases, options.methods)), rows)
 
 
 if __name__ == "__main__":

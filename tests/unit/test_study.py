@@ -150,7 +150,7 @@ def test_a_study_goes_on_where_it_was_killed(
 
         monkeypatch.setattr(runner, "run", run)
         monkeypatch.setattr(runner, "write_tables", lambda *_: None)
-        runner.study(tmp_path, work, "knee")
+        runner.study(tmp_path, work, tmp_path / "knee.csv")
 
     with pytest.raises(KeyboardInterrupt, match=r"^$"):
         killed_at(7)
