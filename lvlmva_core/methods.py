@@ -35,7 +35,7 @@ METHODS: dict[str, Method] = {
     ),
     "random_pictures": Method("control: random pictures", "#ead7c0", "penalty", "area of LVLM-VA's masks"),
     "class_matched": Method(
-        "control: random pictures of the same classes",
+        "control: random pictures, same classes",
         "#e6c9a8",
         "penalty",
         "area of LVLM-VA's masks, and how many lie on each class",
@@ -49,21 +49,21 @@ METHODS: dict[str, Method] = {
         correction="counterexamples",
     ),
     "counterexamples_class_matched": Method(
-        "control: counterexamples (extension), random pictures of the same classes",
+        "control: counterexamples (extension), same classes",
         "#f9d5d5",
         "penalty",
         "area of LVLM-VA's masks, and how many lie on each class",
         correction="counterexamples",
     ),
     "both_random_masks": Method(
-        "control: RRR + counterexamples (extension), random masks",
+        "control: both (extension), random masks",
         "#e3b5d9",
         "penalty",
         "which pictures LVLM-VA masks, and how much of each",
         correction="both",
     ),
     "both_class_matched": Method(
-        "control: RRR + counterexamples (extension), random pictures of the same classes",
+        "control: both (extension), same classes",
         "#f0d4ea",
         "penalty",
         "area of LVLM-VA's masks, and how many lie on each class",
@@ -87,7 +87,7 @@ METHODS: dict[str, Method] = {
         correction="counterexamples",
     ),
     "lvlm_va_both": Method(
-        "LVLM-VA, RRR + counterexamples (extension)",
+        "LVLM-VA, both (extension)",
         "#b5489b",
         "penalty",
         "a description per class; verdicts of the critic",
