@@ -92,10 +92,14 @@ def _pipeline(stages: dict[str, str]) -> dict[str, Any]:
 def _first(tmp_path: Path, server: Server, stages: dict[str, str], **variables: str) -> Clone:
     """The first clone: a project under git and DVC with a folder as the remote and a bare repository as origin."""
     made = tmp_path.parent / f"first-{server.url.rpartition(':')[2]}-{'-'.join(stages)}"
-    if not made.exists():  # all that is in it names its neighbours relatively, so that each test takes a copy
+    if not made.exists():  # once; each test takes a copy
         _make_first(made, server, stages)
     shutil.copytree(made, tmp_path, symlinks=True, dirs_exist_ok=True)
-    return Clone(tmp_path / "one", **variables)
+    one = Clone(tmp_path / "one", **variables)
+    config = one.folder / ".dvc" / "config"  # not relative: `dvc push --all-commits` would miss it
+    config.write_text(config.read_text().replace("/REMOTE", str(tmp_path / "remote")))
+    one.commit()
+    return one
 
 
 def _make_first(place: Path, server: Server, stages: dict[str, str]) -> None:
@@ -109,7 +113,7 @@ def _make_first(place: Path, server: Server, stages: dict[str, str]) -> None:
     one.run("dvc init --quiet")
     one.run("dvc config core.analytics false")
     (place / "remote").mkdir()
-    one.run("dvc remote add --default shared ../remote")
+    one.run("dvc remote add --default shared /REMOTE")
     with (one.folder / ".dvc" / ".gitignore").open("a") as ignored:
         ignored.write("/lvlmva-store\n")
     with (one.folder / "dvc.yaml").open("w") as file:
