@@ -119,6 +119,15 @@ def test_the_command_prints_what_the_rows_hold(found: tuple[pd.DataFrame, pd.Dat
     assert cells[2] == "6"
     assert f"{own.mean():.3f} ± {own.std():.3f}" in cells
     assert len(tables(tmp_path / "toy.csv")[1][1]) == 9
+    page = tmp_path / "page.md"
+    page.write_text(f"above\n<!-- lvlmva tables {tmp_path / 'toy.csv'} -->\nold\n<!-- end -->\nbelow\n")
+    assert CliRunner().invoke(app, ["tables", str(tmp_path / "toy.csv"), "--page", str(page)]).exit_code == 0
+    assert page.read_text().split(" -->\n")[1] == printed.stdout + "<!-- end"
+    assert page.read_text().endswith("<!-- end -->\nbelow\n")
+    page.write_text("nothing marked")
+    refused = CliRunner().invoke(app, ["tables", str(tmp_path / "toy.csv"), "--page", str(page)])
+    assert isinstance(refused.exception, InputError)
+    assert "with a '<!-- end -->' after it" in str(refused.exception)
     with pytest.raises(InputError, match=r"none\.csv: not readable"):
         tables(tmp_path / "none.csv")
     rows.drop(columns="wga").to_csv(tmp_path / "toy.csv", index=False)
