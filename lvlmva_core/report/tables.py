@@ -15,6 +15,8 @@ SPLITS = {
     "test_plain": "accuracy, no decoy",
 }
 
+OF_CRITIC = "verdicts of the critic"
+
 
 def judged_by(content: Mapping[str, Any]) -> str:
     """Who criticised and judged, in words that no stand-in can be mistaken in."""
@@ -74,8 +76,10 @@ def significance(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
 
 
 def supervision(content: Mapping[str, Any]) -> list[str]:
-    """What each method of the table needs beside class labels, in the order of the rows."""
-    return [METHODS[name].supervision for name in in_order(content["methods"])]
+    """What each method of the table had beside class labels in this run, in the order of the rows."""
+    # what an oracle says is drawn from the true masks, whoever is asked for verdicts
+    verdicts = f"{OF_CRITIC} (here drawn from true masks)" if "oracle" in content["verdicts"]["critic"] else OF_CRITIC
+    return [METHODS[name].supervision.replace(OF_CRITIC, verdicts) for name in in_order(content["methods"])]
 
 
 def verdict_table(verdicts: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
