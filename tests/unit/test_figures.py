@@ -115,7 +115,7 @@ def test_a_sweep_is_printed_with_the_columns_that_were_asked_for(
 
 
 def test_supervision_says_what_was_used_in_this_run() -> None:
-    methods = dict.fromkeys(("base", "lvlm_va", "lvlm_va_counterexamples"), {})
+    methods: dict[str, dict[str, float]] = {"base": {}, "lvlm_va": {}, "lvlm_va_counterexamples": {}}
     for critic, said in (("oracle", "verdicts of the critic (here drawn from true masks)"), ("rules", "of the critic")):
         found = supervision({"methods": methods, "verdicts": {"critic": [critic]}})
         assert found[0] == "none"
