@@ -1,6 +1,7 @@
 """A study over several base models: every method on each, once a seed; goes on where it was killed.
 
     python -m benchmarks.study knee --work <folder> --root <archive> --weights <file> [--bases 5] [--seeds 3]
+    lvlmva tables docs/results/knee.csv --page docs/study.md
 
 What is compared, by which measure and how was declared before the first run: docs/study.md. A work folder holds the
 prepared data once, and for each base model what the stages of dvc.yaml write. Each piece of work leaves a file in
@@ -22,6 +23,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from lvlmva.params import load_params
 from lvlmva.pipeline import paths
 from lvlmva.preset import preset
 from lvlmva_core import methods
@@ -78,7 +80,7 @@ def set_up(here: Path, experiment: str, changes: list[str]) -> None:
     shutil.copy("params.yaml", wanted)
     with contextlib.redirect_stdout(io.StringIO()):  # the change is no news here
         preset(experiment, changes, False, wanted, Path("presets"))
-    if params.exists() and params.read_bytes() != wanted.read_bytes():
+    if params.exists() and load_params(params) != load_params(wanted):
         raise InputError(f"{params}: of another study (it differs from {wanted}); take another --work")
     wanted.replace(params)
 
