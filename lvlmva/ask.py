@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -164,7 +165,7 @@ def judge_by_model(
         client.spent.hits += judged.looked_up
         return judged
 
-    asked = [row for row in critiques if row.failure is None]
+    asked = [row for row in critiques if row.critique is not None]
     results = ask_all(
         asked,
         name_of=lambda row: row.sample,
@@ -182,7 +183,7 @@ def judge_by_model(
     if results is None:
         return []
     found = iter(results)
-    return [row_of_judged(row, config, next(found) if row.failure is None else None) for row in critiques]
+    return [row_of_judged(row, config, next(found) if row.critique is not None else None) for row in critiques]
 
 
 def ask_all(
@@ -289,7 +290,8 @@ def ask_all(
     for line in _account(client, started):
         _say(line)
     spent = {name: value for name, value in asdict(client.spent).items() if value or name in ("calls", "hits")}
-    note(calls.store, "runs.jsonl", {"section": section, "model": endpoint.model, **spent})
+    with contextlib.suppress(*([InputError] if error is not None else [])):  # the first error says more
+        note(calls.store, "runs.jsonl", {"section": section, "model": endpoint.model, **spent})
     if bill is not None:
         bill.calls += client.spent.calls
         bill.cost_usd += client.spent.cost_usd
@@ -342,15 +344,33 @@ def _say_exported(exported: Exported, endpoint: Endpoint, section: str) -> None:
         )
 
 
+def save_place() -> Path:
+    """The file that `save_elsewhere` appends to."""
+    return Path(tempfile.gettempdir()) / f"lvlmva-unsaved-{os.getpid()}.jsonl"
+
+
 def save_elsewhere(record: Record) -> str:
-    """Keep a record that was paid where the store cannot be written: in the folder for temporary files."""
-    file = Path(tempfile.gettempdir()) / f"lvlmva-unsaved-{os.getpid()}.jsonl"
-    try:
-        with file.open("ab") as lines:
-            lines.write(canonical_json(record) + b"\n")
-    except OSError as error:
-        return f"no file ({error.strerror} for {file} as well)"
+    """Keep a record that was paid where the store cannot be written: in the folder for temporary files; says where.
+
+    Raises:
+        InputError: that cannot be written either; half of a record does not stay behind.
+    """
+    file = save_place()
+    with _SAVING:
+        before = file.stat().st_size if file.exists() else 0
+        try:
+            with file.open("ab") as lines:
+                lines.write(canonical_json(record) + b"\n")
+                lines.flush()
+                os.fsync(lines.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(file, before)
+            raise InputError(f"{file}: {error.strerror}") from error
     return str(file)
+
+
+_SAVING = threading.Lock()  # several answers may come at once
 
 
 def _question(build: Callable[[], Call], sample: str, call: Call | None = None) -> Question:
@@ -561,8 +581,23 @@ def _account(client: Client, started: float) -> Iterator[str]:
             f"{section}: {spent.other_tier} requests went to the standard tier at its price, since "
             f"'{client.endpoint.service_tier}' had no capacity (without_capacity: standard)"
         )
+    if spent.short:
+        yield f"warning: {section}: {short_inputs(spent)}"
+    if spent.elsewhere:
+        place = save_place()
+        yield f"{section}: {spent.elsewhere} answers were paid and are kept in {place}, since the store took none"
+    if spent.lost:
+        yield f"warning: {section}: {spent.lost} answers were paid and could be kept nowhere; they are lost"
     for name, count in sorted(spent.served.items()):
         yield f"warning: {section}: {count} answers came from '{name}'; '{client.endpoint.model}' was asked for"
+
+
+def short_inputs(spent: Spent) -> str:
+    """What it means that answers state too few input tokens."""
+    return (
+        f"{spent.short} of {spent.calls} answers state fewer tokens in than what was sent must take: pictures may have "
+        "been dropped, or the prompt cut off (docs/critics.md, 'Too few tokens')"
+    )
 
 
 def _too_many(failed: list[str], total: int, section: str, share: float) -> str:

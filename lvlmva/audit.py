@@ -25,6 +25,7 @@ Fit = Literal["crop", "pad", "stretch"]
 Channels = Literal["auto", "grey", "colour"]
 SPLITS = ("all", "train", "val", "test")
 BLOCK = 256  # pictures that are read and run at once, so that memory does not grow with their number
+CHUNK = 8  # samples that are explained or segmented between two looks at the clock
 DONORS = 512  # pictures that regions are filled from, at most
 PROBE = 64  # pictures that a model from elsewhere is tried on
 EXAMPLES = 12  # samples of a group that --json names
@@ -32,6 +33,8 @@ EXAMPLES = 12  # samples of a group that --json names
 OPTIONS = {
     "prepare.root": "--images",
     "prepare.table": "--table",
+    "prepare.columns": "--columns",
+    "prepare.file_pattern": "--file-pattern",
     "prepare.classes": "--classes",
     "prepare.channels": "--channels",
     "prepare.image_size": "--size",
@@ -78,6 +81,12 @@ class Subject:
 def audit(
     images: Annotated[Path | None, typer.Option(help="your pictures: a folder, a tar, or MedMNIST's npz")] = None,
     table: Annotated[Path | None, typer.Option(help="CSV or parquet with files and labels; else class folders")] = None,
+    columns: Annotated[
+        str | None, typer.Option(help="of the table, where names are unusual: file=image_id,label=dx,patient=case")
+    ] = None,
+    file_pattern: Annotated[
+        str | None, typer.Option(help="where the table holds an id in the place of a path: 'images/{}.jpg'")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="torchvision:NAME, timm:NAME, or package.module:function")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="its weights: safetensors, or a state dict")] = None,
     checkpoint_key: Annotated[str | None, typer.Option(help="the entry of the file that holds them")] = None,
@@ -91,7 +100,7 @@ def audit(
     split: Annotated[
         str | None, typer.Option(help="all, train, val or test; by default all of yours, the project's train")
     ] = None,
-    samples: Annotated[int, typer.Option(min=2, help="pictures that are explained, the surest of each class")] = 128,
+    samples: Annotated[int, typer.Option(min=2, help="pictures that are explained, the surest of each class")] = 64,
     regions: Annotated[int, typer.Option(min=1, max=12, help="of each of them, at most")] = 5,
     donors: Annotated[int, typer.Option(min=1, help="pictures that each region is exchanged with")] = 4,
     baselines: Annotated[int, typer.Option(min=1, help="of the attribution")] = 10,
@@ -129,7 +138,7 @@ def audit(
     if images is None or model is None:
         content, findings = look(_projects(params, split or "train", where), how, where)
     else:
-        wanted = _wanted(images, table, classes, size, fit, channels, seed)
+        wanted = _wanted(images, _layout(images, table, columns, file_pattern), classes, size, fit, channels, seed)
         stated = _stated(model, checkpoint, checkpoint_key, classes, normalisation)
         with tempfile.TemporaryDirectory(prefix="lvlmva-audit-") as folder:
             try:
@@ -157,8 +166,10 @@ def look(subject: Subject, how: How, device: "torch.device") -> tuple["AuditCont
     import torch
 
     from lvlmva_core import audit as found_by
-    from lvlmva_core.attribution_methods.deep_lift_shap import DeepLiftShap
-    from lvlmva_core.exchange import exchange_regions, typical_size
+    from lvlmva_core.attribution.deep_lift import explain
+    from lvlmva_core.exchange import exchange_regions
+    from lvlmva_core.independence import typical_size
+    from lvlmva_core.progress import track
     from lvlmva_core.report.audit_page import AuditContent
     from lvlmva_core.samples import read_images
     from lvlmva_core.segmenters.ppeps_wgm import PpepsWgm
@@ -172,11 +183,21 @@ def look(subject: Subject, how: How, device: "torch.device") -> tuple["AuditCont
     shown = read_sample_rows(subject.images, table, chosen, device)
     rng = np.random.default_rng([how.seed, 3])
     drawn = np.sort(rng.permutation(subject.rows)[: how.baselines])
-    method = DeepLiftShap(n_baselines=len(drawn), batch_size=how.pairs)
     baselines = read_sample_rows(subject.images, table, table["id"].iloc[drawn].tolist(), device).images
-    maps = method.explain(model, shown.images, baselines, shown.labels).attributions.sum(1).cpu().numpy()
-    segments = PpepsWgm(n_regions=how.regions, choose="fixed", seed=how.seed).segment(maps, None, chosen, device)
-    label_maps = segments["segments"]
+    parts = [slice(first, first + CHUNK) for first in range(0, len(chosen), CHUNK)]
+    maps = np.concatenate(
+        [
+            explain(model, shown.images[part], baselines, shown.labels[part], batch_size=how.pairs)
+            .attributions.sum(1)
+            .cpu()
+            .numpy()
+            for part in track(parts, "explain")
+        ]
+    )
+    segmenter = PpepsWgm(n_regions=how.regions, choose="fixed", seed=how.seed)
+    label_maps = np.concatenate(
+        [segmenter.segment(maps[part], None, chosen[part], device)["segments"] for part in track(parts, "segment")]
+    )
     donors = read_sample_rows(subject.images, table, _donors(pictured, rng), device)
     reliance = exchange_regions(
         model,
@@ -384,19 +405,45 @@ def _rows(table: pd.DataFrame, split: str) -> np.ndarray:
     return np.arange(len(table)) if split == "all" else rows_of_split(table, split)
 
 
+def _layout(images: Path, table: Path | None, columns: str | None, file_pattern: str | None) -> dict[str, Any]:
+    """What `lvlmva new` would write of the table: what was said, and guesses by names and content for the rest."""
+    from lvlmva.new import columns_said, guess_with, table_file
+    from lvlmva_core.datasets.tables import read_cells
+
+    if not images.expanduser().exists():
+        raise InputError(f"--images {images}: no such folder or file")
+    if table is None:
+        if columns or file_pattern:
+            raise InputError("--columns and --file-pattern are of a table; name it with --table")
+        return {"table": None}
+    root, said = images.expanduser(), columns_said(columns)
+    guessed = guess_with(read_cells(table_file(root, str(table))), root, said)
+    found = {"file": guessed.file, "label": guessed.label, **said}
+    pattern = file_pattern or guessed.pattern
+    return {
+        "table": str(table),
+        "columns": {role: column for role, column in found.items() if column},
+        **({"file_pattern": pattern} if pattern else {}),
+    }
+
+
 def _wanted(
-    images: Path, table: Path | None, classes: str | None, size: int | None, fit: Fit, channels: Channels, seed: int
+    images: Path,
+    layout: dict[str, Any],
+    classes: str | None,
+    size: int | None,
+    fit: Fit,
+    channels: Channels,
+    seed: int,
 ) -> Any:
-    """Settings of the data set `folder`."""
+    """Settings of the data set `folder`. layout: of `_layout`."""
     from lvlmva_core.datasets.folder import Folder
 
     if size is None:
         raise InputError("--size: is missing; give the pixels a side that the model was trained on, e.g. 224")
-    if not images.expanduser().exists():
-        raise InputError(f"--images {images}: no such folder or file")
     return Folder(
         root=str(images),
-        table=None if table is None else str(table),
+        **layout,
         classes=_names(classes),
         image_size=size,
         fit=fit,

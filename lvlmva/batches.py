@@ -1,4 +1,4 @@
-"""The commands of `lvlmva calls` that buy in batches: export, submit, status, fetch, import."""
+"""The commands of `lvlmva calls` that buy in batches: export, submit, status, cancel, fetch, import."""
 
 import asyncio
 import os
@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from lvlmva.ask import confirm_host
+from lvlmva.ask import confirm_host, short_inputs
 from lvlmva.calls import changed_params
 from lvlmva.hydrate import open_store
 from lvlmva.params import load_params
@@ -95,6 +95,23 @@ def status(params: Params = PARAMS) -> None:
 
 
 @batches.command()
+def cancel(
+    names: Annotated[list[str] | None, typer.Argument(help="ids of batches as `status` says them; all if none")] = None,
+    params: Params = PARAMS,
+) -> None:
+    """Have batches end early; `fetch` takes in what was answered, and what was not may be asked again."""
+    with submitting_alone(open_store()):
+        found = [batch for batch in read_ledger(open_store()) if batch.state == "submitted"]
+        unknown = set(names or []) - {str(batch.batch_id) for batch in found}
+        if unknown:
+            raise InputError(f"no batch '{min(unknown)}' is under way; see `lvlmva calls status`")
+        for batch in found:
+            if not names or batch.batch_id in names:
+                typer.echo(f"{batch.batch_id}: {asyncio.run(_host(params, batch).cancel(batch))}")
+    typer.echo("`lvlmva calls fetch` takes in what was answered" if found else "no batch is under way")
+
+
+@batches.command()
 def fetch(params: Params = PARAMS) -> None:
     """Take the answers of batches that have ended into the store; what they did not answer may be asked again."""
     calls = CallStore(open_store())
@@ -166,6 +183,8 @@ def _host(params: Path, batch: Batch) -> Host:
 def _say(calls: CallStore, name: str, batch: Batch, results: Results) -> None:
     spent = results.spent
     typer.echo(f"{name}: {_counted(results.counts)}; {spent.cost_usd:.4f} USD")
+    if spent.short:
+        typer.echo(f"warning: {name}: {short_inputs(spent)}", err=True)
     note(
         calls.store,
         "runs.jsonl",

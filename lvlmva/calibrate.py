@@ -13,11 +13,11 @@ import pandas as pd
 import typer
 
 from lvlmva.ask import criticise_by_model, judge_by_model
-from lvlmva.changes import apply_changes, lay_over
+from lvlmva.changes import apply_changes
 from lvlmva.kept import kept_or_computed
 from lvlmva.params import Params, load_params
 from lvlmva.pipeline import paths
-from lvlmva.preset import read_preset
+from lvlmva.preset import lay_preset_over, read_preset
 from lvlmva_core import calibration
 from lvlmva_core.calibration import UNTOUCHED, Item
 from lvlmva_core.errors import InputError
@@ -124,7 +124,7 @@ def _params_of(name: str, params: Path, presets: Path, changes: Sequence[str]) -
         layer = json.loads(json.dumps(read_preset(presets, name)))
         if not set(layer) <= {"critique", "judge"}:
             raise InputError(f"--critic {name}: a critic's preset has the sections critique and judge alone")
-        lay_over(content, layer, name)
+        lay_preset_over(content, layer, name)
     apply_changes(content, changes)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / params.name

@@ -1,13 +1,17 @@
 """Changes to params given on the command line, `-S section.key=value`, and sections laid over others."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
 
 from lvlmva_core.errors import InputError
 
+WHOLE = ("methods", "retrained")  # say which run: what a new value does not name does not run
+
 
 def apply_changes(content: Any, changes: Iterable[str]) -> None:
     """Lay each `section.key=value` over the sections of params, in place; values are read as in params.yaml.
+
+    A mapping is laid over the one that is there, key by key; one for `methods` or `retrained` replaces it.
 
     Raises:
         InputError: a change has another form, or its value is not valid YAML.
@@ -23,6 +27,9 @@ def apply_changes(content: Any, changes: Iterable[str]) -> None:
             layer = YAML(typ="safe", pure=True).load(value)
         except YAMLError as error:
             raise InputError(f"--set {change}: '{value}' is not valid YAML; quote it as params.yaml would") from error
+        if key in WHOLE and isinstance(content, MutableMapping):
+            content[key] = layer
+            continue
         for part in reversed(key.split(".")):
             layer = {part: layer}
         lay_over(content, layer, f"--set {change}")

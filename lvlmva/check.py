@@ -17,13 +17,13 @@ from typing import Annotated, Literal
 import numpy as np
 import typer
 
-from lvlmva.ask import allowed_hosts, confirm_host, open_calls, save_elsewhere
+from lvlmva.ask import allowed_hosts, confirm_host, open_calls, save_elsewhere, short_inputs
 from lvlmva.check_model import check_model
-from lvlmva.params import Params, load_params, prompts_folder
+from lvlmva.params import Params, load_params, prompts_folder, sections_lacking
 from lvlmva.pipeline import paths
 from lvlmva.probe import Estimate, Probed, megabytes_available, probe
 from lvlmva_core.errors import InputError
-from lvlmva_core.lvlm.budget import estimate_calls, estimate_input_tokens, price_is_known
+from lvlmva_core.lvlm.budget import Spent, estimate_calls, estimate_input_tokens, price_is_known
 from lvlmva_core.lvlm.calls import Call, answer_text
 from lvlmva_core.lvlm.client import CallFailedError, Client, Question, check_endpoint, host_of, is_loopback
 from lvlmva_core.lvlm.critic import critic_call, why_no_critique
@@ -34,6 +34,7 @@ from lvlmva_core.regions import regions_present
 from lvlmva_core.render import COLOUR_NAMES
 
 FEW = 20  # test pictures of a class, below which an accuracy means little
+LONG = 3600  # seconds from which less is suggested
 MARGIN = 1.5  # by which memory and disk must exceed an estimate
 SHOWN = {"ok": "ok  ", "warn": "warn", "fail": "FAIL"}
 
@@ -103,7 +104,8 @@ def check(
         failed = sum(row.status == "fail" for row in done.rows)
         warned = sum(row.status == "warn" for row in done.rows)
         verdict = "ready: `dvc repro`" if done.passed else f"{failed} to mend before `dvc repro`"
-        typer.echo(f"\n{verdict}{f', {warned} warnings' if warned else ''}")
+        more = f", {warned} warning{'s' if warned > 1 else ''}" if warned else ""
+        typer.echo(f"\n{verdict}{more}")
     if not done.passed:
         raise typer.Exit(1)
 
@@ -118,10 +120,13 @@ def run_checks(params: Path, *, ask: bool) -> Checklist:
         done.add("params", "fail", str(error))
         return done
     done.add("params", "ok", f"{params}: every key is known and in its range")
+    for section in sections_lacking(params):
+        done.add("params", "fail", f"{params}: DVC follows the section '{section}'; add the line `{section}: {{}}`")
     classes: list[str] | None = None
     probed: Probed | None = None
     with tempfile.TemporaryDirectory(prefix="lvlmva-check-") as folder:
         images, samples, masks = (Path(folder) / name for name in ("images.zarr", "samples.parquet", "masks.zarr"))
+        _say("preparing the pictures into a temporary folder")
         if _pictures(done, loaded, images, samples, masks):
             from lvlmva_core.samples import read_class_names
 
@@ -129,9 +134,15 @@ def run_checks(params: Path, *, ask: bool) -> Checklist:
             _splits(done, loaded, samples, masks)
             probed = _model(done, loaded, params, images, samples, masks)
         size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+    _say("prompts and critic")
     _critic(done, loaded, known, classes, probed, ask=ask)
     _machine(done, loaded, size, classes is not None)
     return done
+
+
+def _say(what: str) -> None:
+    """What is being done, for whoever waits; the findings come at the end."""
+    typer.echo(f"check: {what} ...", err=True)
 
 
 def _pictures(done: Checklist, loaded: Params, images: Path, samples: Path, masks: Path) -> bool:
@@ -177,9 +188,7 @@ def _splits(done: Checklist, loaded: Params, samples: Path, masks: Path) -> None
         done.add(
             "splits", "fail", f"rank.stratify: the smallest class has {least} of {wanted} rank.n_samples; lower it"
         )
-    batch = loaded.align.training_batch
-    if batch > len(train):
-        done.add("splits", "fail", f"align.training_batch = {batch}, the split train has {len(train)}; lower it")
+    done.attempt("splits", lambda: loaded.check_batches(len(train)))
     known = bool(read_spurious_masks(masks, rows_of_split(table, "train"))[1].any())
     groups = groups_known(table)
     lacking = [what for what, there in (("groups", groups), ("true masks", known)) if not there]
@@ -202,6 +211,7 @@ def _model(done: Checklist, loaded: Params, params: Path, images: Path, samples:
     if loaded.compute.device == "cpu" and threads < cores:
         done.add("device", "ok", f"compute.threads = {threads} of {cores} cores; more change the last bits of results")
     broken = False
+    _say("trying the model on the pictures")
     for finding in check_model(params, images, samples):
         done.add(finding.name, "ok" if finding.passed else "fail", finding.message)
         broken |= not finding.passed and finding.name in ("model", "layers")
@@ -218,12 +228,22 @@ def _model(done: Checklist, loaded: Params, params: Path, images: Path, samples:
         model = build_model(spec, loaded.train.seed, loaded.train.model)
     pictures = read_images(images, rows_of_split(table, "train")[:1])
     known = bool(read_spurious_masks(masks, rows_of_split(table, "test"))[1].any())
+    _say("a step of each kind, to estimate times")
     try:
         found = probe(loaded, model.to(device).eval(), splits, pictures, known)
     except InputError as error:
         done.add("probe", "fail", str(error))
         return None
     done.estimates += found.estimates
+    total = sum(each.seconds or 0.0 for each in found.estimates)
+    if total > LONG:
+        most = max(found.estimates, key=lambda each: each.seconds or 0.0)
+        done.add(
+            "time",
+            "warn",
+            f"about {total / 3600:.1f} hours in all, {_time(most.seconds)} of it {most.stage}; for a first look: fewer "
+            "seeds (align.seeds: [0]), values of λ (align.selection), methods or samples (rank.n_samples)",
+        )
     if found.completeness is not None:
         limit = loaded.attribute.completeness_tolerance
         whole = found.completeness <= limit
@@ -330,23 +350,28 @@ def _one_call(
         confirm_host(critic.endpoint)
         return key
 
-    async def buy() -> tuple[str, float]:
+    async def buy() -> tuple[str, Spent]:
         client = Client(
             critic.endpoint, "critique.endpoint", open_calls(known["critiques"]), prepare, False, save_elsewhere
         )
         async with client:
             question = Question(call.keys(), lambda: call, "a probe", lambda text: why_no_critique(text, colours))
             record = await client.ask(question)
-        return answer_text(record), client.spent.cost_usd
+        return answer_text(record), client.spent
 
     started = time.monotonic()
     try:
-        text, cost = asyncio.run(buy())
+        text, spent = asyncio.run(buy())
     except (InputError, CallFailedError) as error:
         done.add("asked", "fail", f"one question got no usable answer: {error}")
         return None
+    if not spent.calls:
+        done.add("asked", "ok", f"the store holds an answer of {len(text)} characters already: nothing was sent")
+        return None
     seconds = time.monotonic() - started
-    done.add("asked", "ok", f"an answer of {len(text)} characters in {seconds:.1f} s for {cost:.4f} USD")
+    done.add("asked", "ok", f"an answer of {len(text)} characters in {seconds:.1f} s for {spent.cost_usd:.4f} USD")
+    if spent.short:
+        done.add("asked", "warn", short_inputs(spent))
     return seconds
 
 
@@ -355,7 +380,8 @@ def _calls(stage: str, endpoint: Endpoint, call: Call, count: int, seconds: floa
     cost = estimate.cost_usd_at_most if price_is_known(endpoint) else None
     took = None if seconds is None else seconds * count / endpoint.concurrency
     how = f"{count} calls at most, {estimate.input_tokens} tokens in, at most {estimate.output_tokens_at_most} out"
-    return Estimate(stage, took, None, cost, how + ("" if seconds is not None else "; --ask measures the time"))
+    unknown = "; --ask measures the time" if stage == "critique" and seconds is None else ""
+    return Estimate(stage, took, None, cost, how + unknown)
 
 
 def _machine(done: Checklist, loaded: Params, prepared: int, complete: bool) -> None:

@@ -1,5 +1,6 @@
 """How every stage is called: paths from dvc.yaml, one line for a user's mistake."""
 
+import errno
 import functools
 import gc
 import inspect
@@ -18,7 +19,7 @@ def run(stage: Callable[..., Any]) -> None:
     """Run `stage` as a command whose options are the function's parameters.
 
     A parameter that is a Path has the path of its name in dvc.yaml as default, so that the commands stay short. A
-    user's mistake (InputError) is one line on stderr, exit code 1; Ctrl-C exits with 130.
+    user's mistake (InputError) and a full disk are one line on stderr, exit code 1; Ctrl-C exits with 130.
     """
     gc.freeze()
     gc.enable()
@@ -31,10 +32,22 @@ def run(stage: Callable[..., Any]) -> None:
     except InputError as error:
         typer.echo(f"error: {name.removeprefix('stages.')}: {' '.join(str(error).split())}", err=True)
         raise SystemExit(1) from None
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        typer.echo(
+            f"error: {name.removeprefix('stages.')}: {error.filename or 'an output'} cannot be written "
+            f"({error.strerror}); make room and repeat the command; what was paid for is in the store",
+            err=True,
+        )
+        raise SystemExit(1) from None
     except typer.Abort:
         raise SystemExit(130) from None
     if code:
         raise SystemExit(code)
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _with_options(stage: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ import typer
 
 from lvlmva.pipeline import paths
 from lvlmva_core.errors import InputError
+from lvlmva_core.regions import Overlay
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Chain:
     segments: np.ndarray | None = None
     regions: list[dict[str, Any]] = field(default_factory=list)
     critic: str | None = None
+    overlay: Overlay = "grey"
     critique: str | None = None
     judge: str | None = None
     mask: np.ndarray | None = None
@@ -56,7 +58,7 @@ def explain_sample(
         f", entropy {found.entropy:.4f} nats" if found.entropy is not None else ""
     )
     who = f"critic: {found.critic or 'not asked'}; judge: {found.judge or 'not asked'}"
-    save_figure(chain_figure(heading, found.picture, parts, found.regions, found.critique, who), file)
+    save_figure(chain_figure(heading, found.picture, parts, found.regions, found.critique, who, found.overlay), file)
     if as_json:
         facts = {key: value for key, value in vars(found).items() if not isinstance(value, np.ndarray)}
         facts = {key: value for key, value in facts.items() if key not in ("picture", *parts)}
@@ -82,7 +84,7 @@ def read_chain(sample: str, known: dict[str, Path]) -> Chain:
     Raises:
         InputError: the data set is not prepared, or has no such sample.
     """
-    from lvlmva_core.arrays import read_table
+    from lvlmva_core.arrays import read_attrs, read_table
     from lvlmva_core.lvlm.records import CritiqueRow, VerdictRow
     from lvlmva_core.regions import regions_present
     from lvlmva_core.render import COLOUR_NAMES
@@ -117,9 +119,13 @@ def read_chain(sample: str, known: dict[str, Path]) -> Chain:
     verdict = _record(chain, known["verdicts"], VerdictRow, "judge")
     verdicts = verdict.by_region() if verdict else {}
     if critique is not None:
-        chain.critic, chain.critique = critique.critic, critique.critique or f"({critique.failure})"
+        nothing = critique.failure or "nobody was asked: the prediction depends on no region"
+        chain.critic, chain.critique = critique.critic, critique.critique or f"({nothing})"
+        chain.overlay = critique.settings.get("overlay", "grey")
     if verdict is not None:
         chain.judge = verdict.judge
+        if verdict.not_asked is not None and verdict.failure is None:
+            verdicts |= {each.region: "yes (not asked)" for each in verdict.not_asked.regions}
     if chain.segments is not None:
         positive = np.maximum(chain.before, 0) if chain.before is not None else np.zeros(chain.segments.shape)
         total = float(positive.sum()) or 1.0
@@ -133,7 +139,8 @@ def read_chain(sample: str, known: dict[str, Path]) -> Chain:
             }
             for region in regions_present(chain.segments)
         ]
-    chain.mask = _row(chain, known["masks"], "masks", "mask")
+    weighed = known["masks"].exists() and read_attrs(known["masks"]).get("weights")
+    chain.mask = _row(chain, known["masks"], "weights" if weighed else "masks", "mask")
     chain.after = _row(chain, known["explanations"], "attributions", "explain")
     return chain
 

@@ -54,6 +54,7 @@ def measure_reliance(model: Path, params: Path) -> list[dict[str, Any]]:
     from lvlmva_core.foreign import is_ours, load_foreign
     from lvlmva_core.metrics import reliance_on_rejected
     from lvlmva_core.models import load_checkpoint
+    from lvlmva_core.progress import track
     from lvlmva_core.samples import read_class_names, read_samples
     from lvlmva_core.splits import read_sample_rows, read_split
     from lvlmva_core.statistics import bootstrap_interval
@@ -88,7 +89,7 @@ def measure_reliance(model: Path, params: Path) -> list[dict[str, Any]]:
             )
     candidates[str(model)] = tested
     rows = []
-    for name, candidate in candidates.items():
+    for name, candidate in track(candidates.items(), "gate", total=len(candidates)):
         found = run_trial(candidate, test, judged.images, masks, trial, loaded.exchange.batch_size)
         low, high = bootstrap_interval(found, reliance_on_rejected, seed=loaded.exchange.seed)
         rows.append(

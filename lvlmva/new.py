@@ -8,13 +8,18 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lvlmva.pipeline import paths
 from lvlmva.preset import preset
 from lvlmva_core.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lvlmva_core.datasets.guess import ColumnGuess
 
 NAME = re.compile(r"[a-z0-9_]+")
 ON_A_CPU = 64  # pixels a side that are suggested for a model that is trained here
@@ -60,8 +65,8 @@ def new(
     if there and not force:
         raise InputError(f"{there[0]} exists; choose another name, or write over it with --force")
     said = {"images": images, "table": table, "size": size, "model": model, "checkpoint": checkpoint}
-    answers = Answers({**said, "classes": classes, "normalisation": normalisation}, yes)
-    found = _found(answers, columns)
+    answers = Answers({**said, "columns": columns, "classes": classes, "normalisation": normalisation}, yes)
+    found = _found(answers)
     kept = {file: file.read_bytes() for file in there}
     try:
         for file, text in zip(written, (_preset_text(name, found), _specification_text(found.classes)), strict=True):
@@ -134,8 +139,8 @@ class Answers:
         return suggested
 
 
-def _found(answers: Answers, columns: str | None) -> Found:
-    from lvlmva_core.datasets.guess import guess_columns, guess_size, guess_table
+def _found(answers: Answers) -> Found:
+    from lvlmva_core.datasets.guess import guess_size, guess_table
     from lvlmva_core.datasets.tables import classes_of, listed_tree, read_cells, read_listed, splits_of
 
     images = str(answers.get("images", "Folder (or tar) of the pictures", lambda: None))
@@ -145,19 +150,16 @@ def _found(answers: Answers, columns: str | None) -> Found:
     table = _none(
         answers.get("table", "Table, a row a picture ('none': class folders)", lambda: guess_table(root) or "none")
     )
-    chosen, pattern, notes = _columns(columns), None, []
+    chosen, pattern, notes = columns_said(answers.said["columns"]), None, []
     if table is not None:
-        path = root / table if root.is_dir() and not Path(table).expanduser().is_file() else Path(table).expanduser()
-        if not path.is_file():
-            raise InputError(f"--table {table}: no such file, here or below {images}")
+        path = table_file(root, table)
         cells = read_cells(path)
-        guessed = guess_columns(cells.drop(columns=[c for c in chosen.values() if c in cells]), root)
-        if "file" in chosen and chosen["file"] in cells:
-            guessed = replace(guess_columns(cells[[chosen["file"]]], root), label=guessed.label)
+        guessed = guess_with(cells, root, chosen)
         pattern = guessed.pattern
         for role, column in (("file", guessed.file), ("label", guessed.label)):
             if role not in chosen:
                 chosen[role] = _asked_column(answers, role, column, list(cells.columns), path)
+        chosen |= columns_said(answers.get("columns", OTHER_COLUMNS, lambda: ""))
         listed = read_listed(path, {role: chosen.get(role) for role in COLUMNS})
         notes += listed.notes
         if pattern:
@@ -196,14 +198,33 @@ def _found(answers: Answers, columns: str | None) -> Found:
 
 
 COLUMNS = ("file", "label", "split", "spurious", "mask", "patient")
+OTHER_COLUMNS = "Other columns with unusual names, e.g. split=fold,patient=case,spurious=tag,mask=tag_mask"
 
 
 def _none(answer: Any) -> str | None:
     return None if str(answer).strip().casefold() in ("", "none") else str(answer)
 
 
-def _columns(text: str | None) -> dict[str, str]:
-    """role=column,... as a mapping."""
+def table_file(root: Path, table: str) -> Path:
+    """The table's file: of this path, or below the pictures' folder. Raises InputError where there is none."""
+    path = root / table if root.is_dir() and not Path(table).expanduser().is_file() else Path(table).expanduser()
+    if not path.is_file():
+        raise InputError(f"--table {table}: no such file, here or below {root}")
+    return path
+
+
+def guess_with(cells: "pd.DataFrame", root: Path, chosen: dict[str, str]) -> "ColumnGuess":
+    """`guess_columns`, where the columns of some roles were said."""
+    from lvlmva_core.datasets.guess import guess_columns
+
+    guessed = guess_columns(cells.drop(columns=[c for c in chosen.values() if c in cells]), root)
+    if "file" in chosen and chosen["file"] in cells:
+        return replace(guess_columns(cells[[chosen["file"]]], root), label=guessed.label)
+    return guessed
+
+
+def columns_said(text: str | None) -> dict[str, str]:
+    """role=column,... as a mapping. Raises InputError for another form or role."""
     pairs = [part.partition("=") for part in text.split(",")] if text else []
     for role, separator, column in pairs:
         if not separator or not column or role.strip() not in COLUMNS:

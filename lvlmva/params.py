@@ -40,9 +40,14 @@ class Rank(Settings):
 
 
 class Mask(Settings):
-    """How verdicts become masks."""
+    """How verdicts become masks.
+
+    weights: "verdicts": a region that was judged "no" is masked whole; "votes": each region by the share of several
+    answers that reject it (an extension).
+    """
 
     max_failed_share: Share
+    weights: Literal["verdicts", "votes"] = "verdicts"
 
 
 class Explain(Settings):
@@ -123,6 +128,25 @@ class Params(Settings):
             )
         return chosen
 
+    def check_weights(self) -> None:
+        """Refuse masks weighed by votes where none are cast, or where all shares are 0 or 1.
+
+        Raises:
+            InputError: naming what to change.
+        """
+        if self.mask.weights == "verdicts":
+            return
+        key, critics, cascade = "mask.weights = 'votes'", self.critique.all_critics(), self.critique.cascade
+        if self.critique.one_answer():
+            raise InputError(f"{key} needs several answers; set critique.samples or critique.critics, or remove it")
+        if self.judge.votes == "unanimous":
+            raise InputError(f"{key}: what is rejected by judge.votes 'unanimous' has all votes; set it to majority")
+        if cascade is not None and cascade.disagreement and critics[-1].answers() == 1:
+            raise InputError(
+                f"{key}: in this cascade no vote is split, since its last critic alone decides where others disagree; "
+                "give it samples: 2 or more, or remove cascade"
+            )
+
     def check_supervision(self, *, groups: bool, true_masks: bool) -> None:
         """Refuse what needs labels that the data set does not have, before anything is trained for it.
 
@@ -150,6 +174,19 @@ class Params(Settings):
                     f"{section}.{name}: the rule worst_group needs {lacking['groups']}, and the data set has none; "
                     f"set it to {'accuracy' if section == 'retrained' else 'pseudo_group, which needs none'}"
                 )
+
+    def check_batches(self, n_train: int) -> None:
+        """Refuse batches of training pictures that the split train cannot fill, before anybody is paid for masks.
+
+        Raises:
+            InputError: naming the key, and the method where it is one's own.
+        """
+        for name, settings in self.chosen_methods().items():
+            batch = getattr(settings, "training_batch", 0)
+            if batch > n_train:
+                own = "training_batch" in self.methods.get(name, {})
+                place = f"methods.{name}.training_batch" if own else "align.training_batch"
+                raise InputError(f"{place} = {batch}, the split train has {n_train} pictures; lower it")
 
 
 def _align_settings(name: str, inherited: dict[str, Any], own: dict[str, Any]) -> AlignSettings:
@@ -211,9 +248,19 @@ def load_params(path: Path) -> Params:
     try:
         params = _validated(Params, content, "")
         params.chosen_methods()
+        params.check_weights()
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     return params
+
+
+def sections_lacking(path: Path) -> list[str]:
+    """Sections that have defaults and do not stand in params.yaml: the stages could go on, but DVC, which follows them,
+    refuses."""
+    from ruamel.yaml import YAML
+
+    content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    return [name for name in Params.model_fields if name not in content]
 
 
 def prompts_folder(prompts: Path, key: str, name: str) -> Path:

@@ -2,6 +2,7 @@
 
 import difflib
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,12 +10,11 @@ import typer
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from lvlmva.changes import apply_changes, lay_over
+from lvlmva.changes import WHOLE, apply_changes, lay_over
 from lvlmva.params import load_params
 from lvlmva_core.errors import InputError
 
 DEFAULT = "decoy_digits"
-WHOLE = ("methods", "retrained")  # say which run: what a preset does not name does not run
 
 
 def preset(
@@ -27,14 +27,13 @@ def preset(
     """Write a preset into params.yaml and show what changes.
 
     A preset that names a data set starts from the default preset, whatever params.yaml holds; any other (critics/...,
-    all_methods) is laid over params.yaml as it is. Its `methods` and `retrained` replace those that are there.
+    all_methods) is laid over params.yaml as it is. Its `methods`, `retrained` and endpoints replace those that are
+    there.
     """
     before = params.read_text(encoding="utf-8") if params.exists() else ""
     layer = read_preset(presets, name)
     content = _load(presets / f"{DEFAULT}.yaml" if "prepare" in layer else params)
-    for choice in (key for key in WHOLE if key in layer):
-        content[choice] = layer[choice]
-    lay_over(content, layer, name)
+    lay_preset_over(content, layer, name)
     apply_changes(content, changes or [])
     text = io.StringIO()
     _yaml().dump(content, text)
@@ -53,6 +52,19 @@ def preset(
             candidate.replace(params)
     finally:
         candidate.unlink(missing_ok=True)
+
+
+def lay_preset_over(content: Any, layer: Any, name: str) -> None:
+    """Lay the sections of a preset over params, in place.
+
+    What stands in an endpoint belongs to one model: no key of another's stays. Raises InputError as `lay_over` does.
+    """
+    for choice in (key for key in WHOLE if key in layer):
+        content[choice] = layer[choice]
+    for section, values in layer.items():
+        if isinstance(values, Mapping) and "endpoint" in values and isinstance(content.get(section), Mapping):
+            content[section]["endpoint"] = None
+    lay_over(content, layer, name)
 
 
 def read_preset(presets: Path, name: str) -> Any:

@@ -10,7 +10,7 @@ import typer
 from lvlmva.ask import criticise_by_model, judge_by_model
 from lvlmva_core.errors import InputError
 from lvlmva_core.lvlm.answers import alone, join_critiques, join_verdicts, tokens_of
-from lvlmva_core.lvlm.budget import Spent, cost_usd
+from lvlmva_core.lvlm.budget import Spent, cost_usd, price_is_known
 from lvlmva_core.lvlm.cases import Case
 from lvlmva_core.lvlm.client import model_name
 from lvlmva_core.lvlm.critic import criticise
@@ -127,6 +127,11 @@ def judge_all(
     ]
 
 
+def name_of(critic: Any) -> str:
+    """A critic's name as rows have it: a model's with its revision, or a stand-in's."""
+    return model_name(critic.endpoint) if isinstance(critic, ModelCritic) else str(critic.critic)
+
+
 def warnings(config: Several) -> list[str]:
     """What is worth saying of how several answers are asked for."""
     return [
@@ -166,7 +171,7 @@ def describe(cost: CascadeCost, last: Any, priced: bool) -> str:
     def said(amount: float) -> str:
         return f"{amount:.4f} USD" if priced else f"{amount:.0f} calls"
 
-    name = model_name(last.endpoint) if isinstance(last, ModelCritic) else last.critic
+    name = name_of(last)
     line = (
         f"critique: cascade: '{name}' was asked about {cost.asked_further} of {cost.samples} samples; all answers, "
         f"those in the store included, cost {said(cost.total)} ({said(cost.first)} first, {said(cost.last)} then)"
@@ -177,15 +182,11 @@ def describe(cost: CascadeCost, last: Any, priced: bool) -> str:
 
 
 def _priced(config: Several) -> bool:
-    endpoints = [each.endpoint for each in config.all_critics() if isinstance(each, ModelCritic)]
-    return all(each.usd_per_million_input_tokens is not None for each in endpoints)
+    return all(price_is_known(each.endpoint) for each in config.all_critics() if isinstance(each, ModelCritic))
 
 
 def _named(config: Several) -> str:
-    names = [
-        f"{each.answers()} of '{model_name(each.endpoint) if isinstance(each, ModelCritic) else each.critic}'"
-        for each in config.all_critics()
-    ]
+    names = [f"{each.answers()} of '{name_of(each)}'" for each in config.all_critics()]
     if config.cascade is not None:
         names[-1] += " where the cascade asks further"
     return (

@@ -219,7 +219,7 @@ def region_groups(
     Args:
         segments, attributions, images: of `describe_regions`. labels: int (N,).
         reliance: "other", "own", "other_spread", "flipped", each (N, J), as in `lvlmva_core.exchange.Reliance`.
-        scale: typical size of the true class's logit (`lvlmva_core.exchange.typical_size`), which falls are divided by.
+        scale: typical size of the true class's logit (`lvlmva_core.independence.typical_size`): falls are shares of it.
 
     Returns:
         The groups, and the number of regions in groups that are too rare to be shown.

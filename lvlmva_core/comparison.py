@@ -315,9 +315,12 @@ def answers_against_truth(
     *,
     overlap: Overlap,
 ) -> dict[str, Any]:
-    """How several answers err, and whether they err together (`votes.error_summary`); {} where there are none.
+    """How several answers err, whether they err together (`votes.error_summary`), and how what came of them errs.
 
     Args: as for `verdict_summary`.
+
+    Returns:
+        {"answers": ...}; {} where there are none.
     """
     from lvlmva_core.lvlm.answers import columns_of, rejections
     from lvlmva_core.lvlm.votes import error_summary
@@ -331,7 +334,20 @@ def answers_against_truth(
         sample: overlaps(segments[at], spurious_masks[at], attributions[at], overlap) for sample, at in places.items()
     }
     truth = np.array([truths[sample][region] for sample, region in regions], dtype=bool)
-    return {"answers": {"overlap": overlap, **error_summary(rejected, truth, list(columns_of(several)))}}
+    cascade = any(record.further for record in several)
+    rule = several[0].votes
+    summary = error_summary(rejected, truth, list(columns_of(several)), None if cascade else rule)
+    right = [
+        (verdict == "no") == truths[record.sample][region]
+        for record in several
+        for region, verdict in record.by_region().items()
+    ]
+    voted = {
+        "votes": rule,
+        "regions_voted": len(right),
+        "accuracy_of_verdicts": float(np.mean(right)) if right else None,
+    }
+    return {"answers": {"overlap": overlap, **voted, **summary}}
 
 
 def verdicts_against_truth(

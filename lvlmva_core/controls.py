@@ -13,7 +13,8 @@ MaskSet = tuple[list[str], np.ndarray]
 class Given:
     """What masks can be made of, each read only by a method that asks for it.
 
-    verdicts, truth: give sample ids and their masks, bool (n, H, W). labels: gives the classes of sample ids, int (n,).
+    verdicts, truth: give sample ids and their masks, bool (n, H, W); verdicts may be weights in [0, 1], float32, which
+        are moved as masks are. labels: gives the classes of sample ids, int (n,).
     """
 
     verdicts: Callable[[], MaskSet]
@@ -21,7 +22,7 @@ class Given:
     labels: Callable[[list[str]], np.ndarray]
 
 
-# (given, seeds) -> sample ids, and masks bool (n, H, W) for all seeds or (len(seeds), n, H, W)
+# (given, seeds) -> sample ids, and masks bool (or weights) (n, H, W) for all seeds or (len(seeds), n, H, W)
 MaskSource = Callable[[Given, Sequence[int]], MaskSet]
 MASK_SOURCES: dict[str, MaskSource] = {}
 
@@ -74,7 +75,7 @@ def class_matched(given: Given, seeds: Sequence[int]) -> MaskSet:
 def flagged_pictures(given: Given, _seeds: Sequence[int]) -> MaskSet:
     """The whole of each picture in which a region was judged "no": which pictures, and no place."""
     ids, masks = given.verdicts()
-    return ids, np.broadcast_to(masks.any(axis=(1, 2), keepdims=True), masks.shape).copy()
+    return ids, np.broadcast_to((masks > 0.5).any(axis=(1, 2), keepdims=True), masks.shape).copy()
 
 
 def random_masks_like(masks: np.ndarray, seed: int) -> np.ndarray:
@@ -110,10 +111,10 @@ def shares_per_class(masks: np.ndarray, labels: np.ndarray, class_names: Sequenc
     """What masks lie on, counted: how many pictures, which share of these each class has, and the area.
 
     Args:
-        masks: bool (n, H, W), or (R, n, H, W) for runs with masks of their own, over which means are taken.
-            labels: (n,).
+        masks: bool (n, H, W), or (R, n, H, W) for runs with masks of their own, over which means are taken; of weights,
+            what is above 0.5 counts. labels: (n,).
     """
-    of_runs = masks if masks.ndim == 4 else masks[None]
+    of_runs = (masks if masks.ndim == 4 else masks[None]) > 0.5
     masked = np.asarray(of_runs.any(axis=(2, 3)))
     pictures = masked.sum(axis=1)
     shares = {

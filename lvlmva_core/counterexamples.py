@@ -51,7 +51,8 @@ class Counterexamples:
     none, those in which nothing was rejected at the donor's place.
 
     Args:
-        training: N samples. alignment: n samples. masks: bool (n, H, W), True where a region was rejected.
+        training: N samples. alignment: n samples. masks: bool (n, H, W), True where a region was rejected; of weights
+            in [0, 1], as votes give them, what is above 0.5, which is the verdict.
 
     Raises:
         InputError: swaps are asked for and no rejected region has a picture of another class to go to, or erasures and
@@ -60,10 +61,11 @@ class Counterexamples:
 
     def __init__(self, training: Split, alignment: Split, masks: Tensor, settings: "CounterexampleSettings") -> None:
         self.training, self.alignment, self.settings = training, alignment, settings
+        masks = masks > 0.5
         self.opacity = opacity_of(masks, settings.feather).to(alignment.images)[:, None]
         order = _order_of_content(alignment, masks)
         labels, receivers = alignment.labels.cpu().numpy(), training.labels.cpu().numpy()
-        rejected = masks.flatten(1).cpu().numpy() > 0
+        rejected = masks.flatten(1).cpu().numpy()
         donors = [place for place in order if rejected[place].any()]
         self._receivers = {int(k): np.flatnonzero(receivers == k) for k in np.unique(receivers)}
         self._fillers = {donor: _fillers_of(donor, order, labels, rejected) for donor in donors}

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from lvlmva_core.errors import InputError
+from lvlmva_core.independence import independent_regions, typical_size
 from lvlmva_core.models import predict_logits
+from lvlmva_core.progress import track
 from lvlmva_core.samples import Split
 
 
@@ -79,48 +81,35 @@ def exchange_regions(
     flipped = np.full(shape, np.nan, dtype=np.float32)
     before = predict_logits(model, samples.images, batch_size)
     logit, predicted = centred(before, labels.to(before.device)), before.argmax(1)
-    for n, sample in enumerate(ids):
+    for n, sample in enumerate(track(ids, "exchange")):
         present = [region for region in range(n_regions) if (segments[n] == region).any()]
         if not present:
             continue
         label, rng = int(labels[n]), np.random.default_rng([seed, zlib.crc32(sample.encode())])
         masks = torch.from_numpy(np.stack([segments[n] == region for region in present])).to(samples.images.device)
+        drawn = {}
         for name in ("other", "own"):
             same = (donor_labels == label) & (names != sample)
             pool = np.flatnonzero(same if name == "own" else donor_labels != label)
             if not len(pool):
                 raise InputError(
                     f"sample '{sample}': no picture of {'its own' if name == 'own' else 'another'} class to exchange "
-                    "its "
-                    "regions with; give the training split one"
+                    "its regions with; give the training split one"
                 )
-            drawn = rng.choice(pool, min(n_donors, len(pool)), replace=False)
-            filled = torch.where(masks[:, None, None], donors.images[drawn], samples.images[n])
-            logits = predict_logits(model, filled.flatten(0, 1), batch_size)
-            after = centred(logits, torch.full((len(logits),), label, device=logits.device))
-            fall = (logit[n] - after).double().reshape(len(present), -1).cpu().numpy()
+            drawn[name] = rng.choice(pool, min(n_donors, len(pool)), replace=False)
+        # both kinds in one pass: small batches waste a processor
+        filling = donors.images[np.concatenate(list(drawn.values()))]
+        filled = torch.where(masks[:, None, None], filling, samples.images[n])
+        logits = predict_logits(model, filled.flatten(0, 1), batch_size)
+        after = centred(logits, torch.full((len(logits),), label, device=logits.device))
+        falls = (logit[n] - after).double().reshape(len(present), -1).cpu().numpy()
+        n_other = len(drawn["other"])
+        for name, fall in (("other", falls[:, :n_other]), ("own", falls[:, n_other:])):
             found[name][n, present] = fall.mean(1)
             spread[name][n, present] = fall.std(1, ddof=1) if fall.shape[1] > 1 else 0.0
-            if name == "other":
-                others = (logits.argmax(1) != predicted[n]).double().reshape(len(present), -1)
-                flipped[n, present] = others.mean(1).cpu().numpy()
+        turned = (logits.argmax(1) != predicted[n]).double().reshape(len(present), -1)[:, :n_other]
+        flipped[n, present] = turned.mean(1).cpu().numpy()
     return Reliance(found["other"], spread["other"], found["own"], spread["own"], flipped, logit.float().cpu().numpy())
-
-
-def typical_size(logit: np.ndarray) -> float:
-    """Root mean square of centred logits (N,): what falls are measured against."""
-    return float(np.sqrt(np.mean(np.square(logit, dtype=np.float64))))
-
-
-def independent_regions(other: np.ndarray, logit: np.ndarray, at_most: float) -> np.ndarray:
-    """Regions that need no critic, since the prediction does not depend on them: bool (N, J).
-
-    Args:
-        other: (N, J), of `Reliance`; NaN where there is no region. logit: (N,), of `Reliance`.
-        at_most: the largest mean fall that counts as none, as a share of the logit's typical size.
-    """
-    scale = typical_size(logit)
-    return np.asarray(np.nan_to_num(np.abs(other), nan=np.inf) <= at_most * scale)
 
 
 def summary_of(found: Reliance) -> dict[str, float | int]:
@@ -135,7 +124,10 @@ def summary_of(found: Reliance) -> dict[str, float | int]:
         "mean_fall": float(np.nanmean(found.other)) / scale,
         "mean_fall_own_class": float(np.nanmean(found.own)) / scale,
         "share_of_regions_within_0.1": float(
-            independent_regions(found.other, found.logit, 0.1).sum() / (~np.isnan(found.other)).sum()
+            independent_regions(
+                (found.other, found.own), (found.other_spread, found.own_spread), found.logit, 0.1
+            ).sum()
+            / (~np.isnan(found.other)).sum()
         ),
     }
 

@@ -4,7 +4,7 @@ import csv
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -133,7 +133,8 @@ class MaskSet:
     """Masks of the samples that can be used.
 
     ids: samples, in the order of masks. masks: bool (n, H, W). left_out: sample -> reason. overridden: verdicts that
-    an expert changed. stale: overrides whose sample, segmentation or region is not there any more.
+    an expert changed. stale: overrides whose sample, segmentation or region is not there any more. weights: float32
+    (n, H, W) in [0, 1], the share of votes that reject a pixel's region, where shares were given (an extension).
     """
 
     ids: list[str]
@@ -141,6 +142,26 @@ class MaskSet:
     left_out: dict[str, str]
     overridden: int
     stale: list[Override]
+    weights: np.ndarray | None = None
+
+    def summary(self) -> dict[str, Any]:
+        """Counts for the metrics file."""
+        found: dict[str, Any] = {
+            "samples": len(self.ids),
+            "samples_left_out": len(self.left_out),
+            "samples_masked": int(self.masks.any(axis=(1, 2)).sum()),
+            "mean_masked_area": float(self.masks.mean()),
+            "verdicts_overridden": self.overridden,
+            "stale_overrides": len(self.stale),
+        }
+        if self.weights is not None:
+            split = (self.weights > 0) & (self.weights < 1)
+            found |= {
+                "weights": "share of votes (an extension)",
+                "mean_weight": float(self.weights.mean(dtype=np.float64)),
+                "samples_split": int(split.any(axis=(1, 2)).sum()),
+            }
+        return found
 
 
 def assemble_masks(
@@ -149,12 +170,15 @@ def assemble_masks(
     verdicts: Mapping[str, Mapping[int, str]],
     failures: Mapping[str, str],
     overrides: list[Override],
+    shares: Mapping[str, Mapping[int, float]] | None = None,
 ) -> MaskSet:
     """Masks of all samples, after overrides; a sample whose verdicts failed is left out with its reason.
 
     Args:
         ids: N samples. segments: uint8 (N, H, W).
         verdicts: sample -> region -> "yes" | "no". failures: sample -> why it has no verdict.
+        shares: sample -> region -> share of votes that reject it, 0..1, then there are weights (an extension); an
+            expert's verdict counts as all votes.
 
     Raises:
         InputError: a sample has neither verdicts nor a failure, a region lacks a verdict, or no sample is left.
@@ -168,7 +192,7 @@ def assemble_masks(
             given.setdefault(override.sample, {})[override.region] = override.verdict
         else:
             stale.append(override)
-    usable, masks, left_out, overridden = [], [], dict(failures), 0
+    usable, masks, weights, left_out, overridden = [], [], [], dict(failures), 0
     for sample, label_map in zip(ids, segments, strict=True):
         regions = set(np.unique(label_map).tolist()) - {NO_REGION}
         if not regions:
@@ -184,10 +208,23 @@ def assemble_masks(
         except ValueError as error:
             raise InputError(f"sample '{sample}': {error}; rerun `dvc repro judge`") from error
         usable.append(sample)
+        if shares is not None:
+            of_expert = {region: float(verdict == "no") for region, verdict in given.get(sample, {}).items()}
+            weights.append(_weights(label_map, {**shares.get(sample, {}), **of_expert}))
         overridden += sum(verdicts.get(sample, {}).get(r) != v for r, v in given.get(sample, {}).items())
     if not usable:
         reasons = ", ".join(sorted(set(left_out.values())))
         raise InputError(
             f"no sample of the alignment set has verdicts ({reasons}); look at the segment and judge stages"
         )
-    return MaskSet(usable, np.stack(masks), left_out, overridden, stale)
+    weighed = None if shares is None else np.stack(weights)
+    return MaskSet(usable, np.stack(masks), left_out, overridden, stale, weighed)
+
+
+def _weights(segments: np.ndarray, shares: Mapping[int, float]) -> np.ndarray:
+    """float32 (H, W): of each pixel, the share of votes that reject its region; 0 where it has none."""
+    of_region = np.zeros(NO_REGION + 1, dtype=np.float32)
+    for region, share in shares.items():
+        of_region[region] = share
+    of_region[NO_REGION] = 0.0
+    return np.asarray(of_region[segments])

@@ -32,8 +32,8 @@ class ClosedForm:
 class Penalty:
     """A way to punish what a model does inside masks.
 
-    measure: (model, images (B, C, H, W) in [0, 1], masks bool (B, H, W), labels int64 (B,)) -> (B,), differentiable in
-        the model's parameters.
+    measure: (model, images (B, C, H, W) in [0, 1], masks bool or floating in [0, 1] (B, H, W), labels int64 (B,)) ->
+        (B,), differentiable in the model's parameters.
     closed_form: its derivatives for ReLU MLPs; without, they train by double backward as other models do.
     """
 
@@ -73,7 +73,8 @@ def squared_gradient(
 
     Args:
         model: maps images to logits (B, K). images: (B, C, H, W) in [0, 1]; λ belongs to this scale.
-        masks: bool (B, H, W), True where the gradient is to vanish, for all channels.
+        masks: bool (B, H, W), True where the gradient is to vanish, for all channels; or floating in [0, 1], by how
+            much of it is to (an extension: a weight w counts as w² in the penalty).
         score: logits (B, K) -> their sum over the samples, a scalar in which a sample's part depends on its logits.
 
     Returns:
@@ -87,8 +88,8 @@ def squared_gradient(
     from lvlmva_core.compute import eval_mode
 
     expected = (images.shape[0], *images.shape[2:])
-    if masks.dtype != torch.bool or masks.shape != expected:
-        raise ValueError(f"masks must be bool {expected}, not {masks.dtype} {tuple(masks.shape)}")
+    if not (masks.dtype == torch.bool or masks.is_floating_point()) or masks.shape != expected:
+        raise ValueError(f"masks must be bool or floating {expected}, not {masks.dtype} {tuple(masks.shape)}")
     with eval_mode(model):
         pixels = images.detach().requires_grad_(True)
         (gradient,) = torch.autograd.grad(score(model(pixels)), pixels, create_graph=True)
@@ -101,7 +102,7 @@ def rrr_penalty(model: "nn.Module", images: "Tensor", masks: "Tensor") -> "Tenso
     Args:
         model: maps images to logits (B, K).
         images: (B, C, H, W) in [0, 1]; λ belongs to this scale.
-        masks: bool (B, H, W), True where the gradient is to vanish, for all channels.
+        masks: bool (B, H, W), True where the gradient is to vanish, for all channels; or weights (`squared_gradient`).
 
     Returns:
         (B,): sum over channels and pixels of (A * d/dx sum_k log p_k)^2, differentiable in the model's parameters.

@@ -104,7 +104,7 @@ def masked_share(attributions: np.ndarray, masks: np.ndarray) -> np.ndarray:
     """Share of each map's positive attribution that is masked, float64 (N,), 0..1.
 
     Args:
-        attributions: float (N, H, W), each with some positive value. masks: bool (N, H, W).
+        attributions: float (N, H, W), each with some positive value. masks: bool (N, H, W), or weights in [0, 1].
     """
     positive = np.maximum(attributions, 0)
     return np.asarray((positive * masks).sum(axis=(1, 2)) / positive.sum(axis=(1, 2)))

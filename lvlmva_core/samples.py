@@ -87,6 +87,15 @@ def read_spurious_masks(path: Path, rows: np.ndarray) -> tuple[np.ndarray, np.nd
     return read_array(path, "spurious_masks", rows), read_array(path, "known", rows)
 
 
+def read_penalised(path: Path) -> tuple[list[str], np.ndarray]:
+    """What the penalty is taken on, from the stage `mask`: sample ids, and their masks (n, H, W).
+
+    bool, or float32 in [0, 1] where the share of votes weighs them (an extension).
+    """
+    attrs = read_attrs(path)
+    return list(attrs["ids"]), read_array(path, "weights" if attrs.get("weights") else "masks")
+
+
 def read_known_masks(path: Path, samples: pd.DataFrame, ids: list[str]) -> tuple[list[str], np.ndarray]:
     """Those of `ids` whose true mask is known, and these masks, bool (n, H, W). Raises InputError where none is."""
     masks, known = read_spurious_masks(path, rows_of_ids(samples, ids))

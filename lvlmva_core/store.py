@@ -220,6 +220,8 @@ class Store:
 
 def _not_writable(path: Path, error: OSError) -> InputError:
     remedy = "set LVLMVA_STORE to a folder that you may write"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        remedy = "make room, or set LVLMVA_STORE to a folder on another disk"
     if error.errno in (errno.EPERM, errno.ENOTSUP):
         remedy = "its file system has no hard links; set LVLMVA_STORE to a folder on one that has"
     return InputError(f"{path}: the store cannot be written ({error.strerror}); {remedy}")

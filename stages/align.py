@@ -11,12 +11,12 @@ from lvlmva.pipeline import code_files
 from lvlmva_core.align_settings import AlignSettings
 from lvlmva_core.alignment import align_ensemble
 from lvlmva_core.alignment.selection import best_runs, selection_of, summary_of
-from lvlmva_core.arrays import read_array, read_attrs, read_json, read_table, write_json
+from lvlmva_core.arrays import read_json, read_table, write_json
 from lvlmva_core.compute import set_up_compute
 from lvlmva_core.controls import MASK_SOURCES, Given, shares_per_class
 from lvlmva_core.models import load_checkpoint, save_checkpoint, weights_digest
 from lvlmva_core.resume import Resume
-from lvlmva_core.samples import read_class_names, read_known_masks, read_samples, rows_of_ids
+from lvlmva_core.samples import read_class_names, read_known_masks, read_penalised, read_samples, rows_of_ids
 from lvlmva_core.splits import read_masked, read_split
 
 
@@ -40,7 +40,7 @@ def align(
     device = set_up_compute(loaded.compute.device, loaded.compute.threads)
     table = read_samples(samples)
     given = Given(
-        verdicts=lambda: (list(read_attrs(masks)["ids"]), read_array(masks, "masks")),
+        verdicts=lambda: read_penalised(masks),
         truth=lambda: read_known_masks(spurious_masks, table, read_table(alignment_set, ["id"])["id"].tolist()),
         labels=lambda ids: table["label"].to_numpy()[rows_of_ids(table, ids)],
     )

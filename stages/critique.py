@@ -2,10 +2,14 @@
 
 from pathlib import Path
 
+import typer
+
 from lvlmva.entry import run
 from lvlmva.params import load_params
-from lvlmva.several import criticise_all, needs_truth
+from lvlmva.several import criticise_all, name_of, needs_truth
+from lvlmva_core.independence import read_independent
 from lvlmva_core.lvlm.cases import read_cases
+from lvlmva_core.lvlm.not_asked import cases_to_ask, summarise_not_asked, with_not_asked
 from lvlmva_core.lvlm.records import write_rows
 
 
@@ -16,6 +20,7 @@ def critique(
     segments: Path,
     attributions: Path,
     spurious_masks: Path,
+    reliance: Path,
     prompts: Path,
     critiques: Path,
     dry_run: bool = False,
@@ -26,11 +31,18 @@ def critique(
     config = loaded.critique
     with_truth = needs_truth(config)
     cases, class_names = read_cases(images, samples, segments, attributions, spurious_masks, with_truth=with_truth)
+    at_most, asked = config.independent_at_most, cases
+    if at_most is not None:
+        asked = cases_to_ask(cases, read_independent(reliance, [case.sample for case in cases], at_most))
     rows = criticise_all(
-        config, loaded.judge, cases, class_names, prompts, critiques, dry_run=dry_run, batch=export_batch
+        config, loaded.judge, asked, class_names, prompts, critiques, dry_run=dry_run, batch=export_batch
     )
-    if not (dry_run or export_batch):
-        write_rows(critiques, rows)
+    if dry_run or export_batch:
+        return
+    if at_most is not None:
+        rows = with_not_asked(rows, cases, critic=name_of(config), at_most=at_most, calls=config.first_calls())
+        typer.echo(f"critique: {summarise_not_asked(rows, cases)}", err=True)
+    write_rows(critiques, rows)
 
 
 if __name__ == "__main__":

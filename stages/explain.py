@@ -11,7 +11,7 @@ from lvlmva_core.compute import set_up_compute
 from lvlmva_core.errors import InputError
 from lvlmva_core.models import load_checkpoint
 from lvlmva_core.ranking import by_class_in_turn, masked_share
-from lvlmva_core.samples import read_samples, rows_of_ids
+from lvlmva_core.samples import read_penalised, read_samples, rows_of_ids
 from lvlmva_core.splits import read_sample_rows
 
 
@@ -21,12 +21,13 @@ def explain(
     """Explain the most masked samples of each class by LVLM-VA's first model, as the base model was explained."""
     loaded = load_params(params)
     device = set_up_compute(loaded.compute.device, loaded.compute.threads)
-    table, before, masked = read_samples(samples), read_attrs(attributions), list(read_attrs(masks)["ids"])
+    table, before = read_samples(samples), read_attrs(attributions)
+    masked, suppressed = read_penalised(masks)
     if before["method"] != loaded.attribute.method:
         raise InputError(f"{attributions}: by {before['method']}, not attribute.method; run `dvc repro attribute`")
     row_of = {sample: row for row, sample in enumerate(before["ids"])}
     maps = read_array(attributions, "attributions")[[row_of[sample] for sample in masked]]
-    shares = masked_share(maps, read_array(masks, "masks"))
+    shares = masked_share(maps, suppressed)
     chosen = by_class_in_turn(shares, table["label"].to_numpy()[rows_of_ids(table, masked)])
     chosen = chosen[: loaded.explain.panel_samples]
     ids = [masked[row] for row in chosen]

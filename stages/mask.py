@@ -19,7 +19,7 @@ def mask(params: Path, segments: Path, verdicts: Path, overrides: Path, masks: P
     label_maps, attrs = read_array(segments, "segments"), read_attrs(segments)
     ids = list(attrs["ids"])
     digests = {sample: segmentation_digest(label_map) for sample, label_map in zip(ids, label_maps, strict=True)}
-    given, failures, critics, judges = {}, {}, set(), set()
+    given, shares, failures, critics, judges = {}, {}, {}, set(), set()
     for row in read_rows(verdicts, VerdictRow):
         critics |= row.critics()
         judges.add(row.judge)
@@ -31,8 +31,11 @@ def mask(params: Path, segments: Path, verdicts: Path, overrides: Path, masks: P
                 f"{verdicts}: the verdicts of '{row.sample}' are of another segmentation; run `dvc repro critique`"
             )
         given[row.sample] = row.by_region()
+        if config.weights == "votes":
+            shares[row.sample] = row.shares_rejecting()
     no_region = {s: status for s, status in zip(ids, attrs["status"], strict=True) if status != "ok" and s not in given}
-    result = assemble_masks(ids, label_maps, given, {**no_region, **failures}, read_overrides(overrides))
+    weighed = shares if config.weights == "votes" else None
+    result = assemble_masks(ids, label_maps, given, {**no_region, **failures}, read_overrides(overrides), weighed)
     for override in result.stale:
         typer.echo(
             f"stale override: {overrides}: region {override.region} of '{override.sample}': "
@@ -44,17 +47,11 @@ def mask(params: Path, segments: Path, verdicts: Path, overrides: Path, masks: P
             f"{len(result.left_out)} of {len(ids)} samples have no verdicts, more than mask.max_failed_share = "
             f"{config.max_failed_share}; first: {next(iter(sorted(result.left_out.items())))}"
         )
-    write_arrays(masks, {"masks": result.masks}, {"ids": result.ids, "left_out": result.left_out})
-    summary = {
-        "critic": sorted(critics),
-        "judge": sorted(judges),
-        "samples": len(result.ids),
-        "samples_left_out": len(result.left_out),
-        "samples_masked": int(result.masks.any(axis=(1, 2)).sum()),
-        "mean_masked_area": float(result.masks.mean()),
-        "verdicts_overridden": result.overridden,
-        "stale_overrides": len(result.stale),
-    }
+    arrays, attrs_of = {"masks": result.masks}, {"ids": result.ids, "left_out": result.left_out}
+    if result.weights is not None:
+        arrays, attrs_of = {**arrays, "weights": result.weights}, {**attrs_of, "weights": config.weights}
+    write_arrays(masks, arrays, attrs_of)
+    summary = {"critic": sorted(critics), "judge": sorted(judges), **result.summary()}
     write_json(mask_metrics, {"mask": summary})
 
 

@@ -10,7 +10,7 @@ from lvlmva_core.arrays import read_array, read_attrs, read_json, read_table
 from lvlmva_core.outputs import BASE, SUBJECT, read_outputs
 from lvlmva_core.report.figures import save_figure
 from lvlmva_core.report.findings import Findings, figures_of, page_of
-from lvlmva_core.samples import read_images, read_samples, rows_of_ids
+from lvlmva_core.samples import read_images, read_penalised, read_samples, rows_of_ids
 
 
 def report(
@@ -34,10 +34,10 @@ def report(
     arrays = (
         ("before", attributions, "attributions"),
         ("segments", segments, "segments"),
-        ("masks", masks, "masks"),
         ("after", explanations, "attributions"),
     )
     parts = {name: (read_attrs(path), read_array(path, array)) for name, path, array in arrays}
+    parts["masks"] = (read_attrs(masks), read_penalised(masks)[1])
     found = Findings(
         content=read_json(evaluation),
         about=read_attrs(images),

@@ -12,7 +12,9 @@ from lvlmva_core.samples import groups_known, read_samples, read_spurious_masks,
 def settings(params: Path, samples: Path, spurious_masks: Path, prompts: Path, settings: Path) -> None:
     """Write what each method and each prompt is made of, so that what follows runs anew only when its own changes."""
     loaded, table = load_params(params), read_samples(samples)
-    known = read_spurious_masks(spurious_masks, rows_of_split(table, "train"))[1]
+    train = rows_of_split(table, "train")
+    known = read_spurious_masks(spurious_masks, train)[1]
+    loaded.check_batches(len(train))
     loaded.check_supervision(groups=groups_known(table), true_masks=bool(known.any()))
     for name, chosen in loaded.chosen_methods().items():
         write_json(settings / f"{name}.json", chosen.model_dump())

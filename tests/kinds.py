@@ -42,3 +42,10 @@ def decide(model: str, image: np.ndarray, inside: np.ndarray, colour: str) -> st
     digest = hashlib.sha256(image.tobytes() + f"{model} {colour} {SALT}".encode()).digest()
     wrong = int.from_bytes(digest[:4], "big") / 2**32 < RATES[model][kind]
     return "yes" if (kind == "plain") != wrong else "no"
+
+
+def apart(model: str, image: np.ndarray, inside: np.ndarray, colour: str) -> str:
+    """What a region's pixels say, by their brightness; "other" sees blue otherwise in half of the pictures."""
+    bright = bool(((image.mean(axis=2) >= 25) & inside).any())
+    otherwise = model == "other" and colour == "blue" and hashlib.sha256(image.tobytes()).digest()[0] % 2
+    return "yes" if bright != bool(otherwise) else "no"

@@ -141,7 +141,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def of_batches(self, content: bytes) -> None:
         """The endpoints of files and batches. Control `batch`: hang (a place to hang at), status, lose, twice, strange,
-        errors (so many lines), shuffle."""
+        errors (so many lines), shuffle; message: of what goes wrong ({key}: the API key); refuse: uploads so."""
         told, path = STATE.control["batch"], self.path.partition("?")[0].removeprefix("/v1")
         if self.command == "POST" and path == "/files":
             kind = self.headers["Content-Type"]
@@ -149,10 +149,20 @@ class Handler(BaseHTTPRequestHandler):
             parts = [part.partition(b"\r\n\r\n") for part in content.split(mark)]
             data = next(body[:-2] for head, _, body in parts if b'name="file"' in head)
             assert any(b'name="purpose"' in head and body == b"batch\r\n" for head, _, body in parts)
+            if "refuse" in told:
+                self.error(told["refuse"], self.message_of(told))
+                return
             self.hang(told, "upload")
             name = self.keep_file(data)
             about = {"bytes": len(data), "created_at": int(time.time()), "filename": "in.jsonl", "status": "processed"}
             self.reply(200, {"id": name, "object": "file", "purpose": "batch", **about})
+        elif self.command == "POST" and path.endswith("/cancel"):
+            batch = STATE.batches[path.split("/")[2]]
+            if batch["status"] == "in_progress":
+                batch["status"] = "cancelling"
+                self.reply(200, batch)
+            else:
+                self.error(409, f"Cannot cancel a batch with status '{batch['status']}'.")
         elif self.command == "POST":
             asked = json.loads(content)
             self.hang(told, "before_create")
@@ -173,12 +183,20 @@ class Handler(BaseHTTPRequestHandler):
         elif path.startswith("/batches/"):
             batch = STATE.batches[path.removeprefix("/batches/")]
             status = told.get("status", "completed")
+            if batch["status"] == "cancelling":
+                self.end_batch(batch, "cancelled", told)
             if batch["status"] == "in_progress" and status != "in_progress":
                 self.end_batch(batch, status, told)
+            if status == "failed":
+                batch["errors"] = {"object": "list", "data": [{"message": self.message_of(told), "code": "bad"}]}
             self.reply(200, batch)
         else:
             self.hang(told, "content")
             self.send(200, STATE.files[path.split("/")[2]], "application/binary")
+
+    def message_of(self, told: dict[str, Any]) -> str:
+        said = told.get("message", "This request could not be executed in time.")
+        return str(said).replace("{key}", self.headers["Authorization"].removeprefix("Bearer "))
 
     def hang(self, told: dict[str, Any], place: str) -> None:
         if told.get("hang") == place:
@@ -204,7 +222,7 @@ class Handler(BaseHTTPRequestHandler):
             if number < lose:
                 continue
             if number < lose + wrong:
-                error = {"code": "batch_expired", "message": "This request could not be executed in time."}
+                error = {"code": "batch_expired", "message": self.message_of(told)}
                 errors.append({**line, "error": error})
                 continue
             body = each["body"]

@@ -78,7 +78,7 @@ def align_ensemble(
 
     Args:
         training: all training samples, on the model's device. alignment: n samples. validation: scores each epoch.
-        masks: bool (n, H, W) for all runs, or (R, n, H, W) for R runs.
+        masks: bool (n, H, W) for all runs, or (R, n, H, W) for R runs; or weights in [0, 1] (an extension).
         runs: pairs of λ (for inputs in [0, 1]) and seed, in the place of `settings.runs()`.
         selection: what the curve's `score` is measured on; `settings.selection.patience` needs it. A run ends after
             `patience` epochs without a better score, and its best epoch's weights are kept; without patience the last
@@ -92,7 +92,7 @@ def align_ensemble(
 
     Raises:
         InputError: the loss stops being finite, "bfloat16" for a ReLU MLP, or a batch larger than its source.
-        ValueError: patience without `selection`, or masks of another shape.
+        ValueError: patience without `selection`, or masks of another shape, type or range.
     """
     runs = settings.runs() if runs is None else runs
     patience = None if settings.selection is None else settings.selection.patience
@@ -100,8 +100,10 @@ def align_ensemble(
         raise ValueError("patience needs a selection to score each epoch on")
     image = training.images.shape[2:]
     each = (len(masks), *image) if masks.ndim == 3 else (len(runs), len(alignment.images), *image)
-    if masks.dtype != torch.bool or tuple(masks.shape) != each:
-        raise ValueError(f"masks must be bool {each}, not {masks.dtype} {tuple(masks.shape)}")
+    if not (masks.dtype == torch.bool or masks.is_floating_point()) or tuple(masks.shape) != each:
+        raise ValueError(f"masks must be bool or floating {each}, not {masks.dtype} {tuple(masks.shape)}")
+    if masks.is_floating_point() and not bool(((masks >= 0) & (masks <= 1)).all()):
+        raise ValueError("masks that are weights must lie in [0, 1]")
     masked, size = settings.batch()
     for name, wanted, available in (
         ("alignment_batch", masked, len(alignment.images)),

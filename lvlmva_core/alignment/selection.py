@@ -72,14 +72,15 @@ def by_pseudo_group(
     Args:
         images: (V, C, H, W), labels: int64 (V,): the validation split.
         donor_images: (n, C, H, W), donor_labels: (n,), masks: bool (n, H, W): the alignment set; samples whose mask is
-            empty are no donors.
+            empty are no donors. Of weights in [0, 1] those above a half are masked.
         seed: of the draw of donors.
 
     Raises:
         InputError: no validation image has a donor of another class.
     """
     rng = np.random.default_rng(seed)
-    usable = torch.nonzero(masks.flatten(1).any(1)).flatten().cpu().numpy()
+    rejected = masks if masks.dtype == torch.bool else masks > 0.5  # more than half of the votes, as the verdict is
+    usable = torch.nonzero(rejected.flatten(1).any(1)).flatten().cpu().numpy()
     classes = donor_labels.cpu().numpy()[usable]
     receivers, donors = [], []
     for row, label in enumerate(labels.tolist()):
@@ -92,8 +93,7 @@ def by_pseudo_group(
             "selection.rule pseudo_group: no alignment sample with a mask belongs to another class than the validation "
             "samples; set rank.stratify: true, or another rule"
         )
-    mask = masks[donors][:, None]
-    mixed = torch.where(mask, donor_images[donors], images[receivers])
+    mixed = torch.where(rejected[donors][:, None], donor_images[donors], images[receivers])
     return Selection(
         torch.cat([images, mixed]),
         torch.cat([labels, labels[receivers]]),

@@ -80,7 +80,8 @@ class StackedMlp:
             rows: (R, I + a, D), the batch of I images, the `a` alignment samples first, and then `a` rows that are
                 overwritten: room for what the penalty adds to the product that is the first layer's gradient.
             labels: int64 (R, I).
-            masks: (R, a, D) of the images' dtype, 1 where the gradient of the first `a` samples is to vanish.
+            masks: (R, a, D) of the images' dtype, 1 where the gradient of the first `a` samples is to vanish; or
+                weights in [0, 1].
             rrr_lambda: (R,), or None for no penalty at all.
             penalty: name of a penalty of `lvlmva_core.penalties` that has a closed form.
 
@@ -113,7 +114,8 @@ class StackedMlp:
             gradient = torch.bmm(down[0], self.weights[0]).mul_(masks)
             penalties = gradient.square().sum((1, 2)) / size * (rrr_lambda > 0)
             # d (λ penalty) / d (each of these derivatives), from the pixels up to the logits
-            up = [torch.mul(gradient, 2 / size * rrr_lambda[:, None, None], out=rows[:, size:])]
+            # (the mask a second time: it may be a weight, which counts by its square)
+            up = [torch.mul(gradient.mul_(masks), 2 / size * rrr_lambda[:, None, None], out=rows[:, size:])]
             for weight, on in zip(self.weights[:-1], active, strict=True):
                 up.append(torch.bmm(up[-1], weight.transpose(1, 2)).mul_(on[:, :n_masked]))
             if closed.curvature is not None:

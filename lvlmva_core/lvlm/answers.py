@@ -131,7 +131,9 @@ def join_verdicts(row: CritiqueRow, judged: Sequence[VerdictRow], rule: Rule) ->
             "verdicts": verdicts,
             "records": [],
             "answers": kept,
+            "votes": rule,
             **({"further": list(row.further)} if row.further else {}),
+            **({} if row.not_asked is None else {"not_asked": row.not_asked}),
         }
     )
 

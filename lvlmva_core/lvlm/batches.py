@@ -5,6 +5,7 @@ ledger in the store says which keys are in which batch. It is written before any
 its own digest as metadata: whatever was killed in between, the batch is found again by listing and never sent twice.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -12,7 +13,6 @@ import os
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,16 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lvlmva_core.errors import InputError
-from lvlmva_core.lvlm.budget import UNSEEN, Budget, Spent, cost_usd, estimate_input_tokens
+from lvlmva_core.lvlm.budget import (
+    CHARACTERS_PER_TOKEN,
+    LEAST_OF_A_PICTURE,
+    UNSEEN,
+    Budget,
+    Spent,
+    cost_usd,
+    estimate_input_tokens,
+    is_short,
+)
 from lvlmva_core.lvlm.calls import CallStore, Digest, record_of, said, why_unusable
 from lvlmva_core.lvlm.client import Client, NotInStoreError, Question, host_of, open_openai
 from lvlmva_core.lvlm.critic import why_no_critique
@@ -153,6 +162,7 @@ def export_calls(
     first = {question.keys[0]: question for question in reversed(questions)}
     open_ = [first[key] for key in dict.fromkeys(question.keys[0] for question in questions) if key not in waiting]
     files, batches, cost, written = [], [], 0.0, 0
+    part: _Part | None = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         while written < len(open_):
@@ -170,17 +180,24 @@ def export_calls(
                     raise InputError(f"a request about {question.sample} is larger than {most_bytes} bytes")
                 if part.size + len(content) > most_bytes or len(part.requests) == most_requests:
                     break
-                asked = {"request": call.request(), "sample": question.sample, "names": list(question.names)}
+                asked = {
+                    "request": call.request(),
+                    "sample": question.sample,
+                    "names": list(question.names),
+                    "tokens": estimate_input_tokens(call),  # while the sizes of the pictures are known
+                }
                 part.add(question.keys[0], content, asked, tokens)
                 cost, written = cost + most, written + 1
             if not part.requests:
-                part.drop()
                 break
             batch = _noted(store, part, section, endpoint.model)
             files.append(part.finish(batch.digest))
             batches.append(batch)
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
+    finally:
+        if part is not None:
+            part.drop()
     return Exported(files, batches, len(first) - len(open_), len(open_) - written, cost)
 
 
@@ -203,8 +220,10 @@ class _Part:
         self.requests[key] = asked
 
     def drop(self) -> None:
-        self.file.close()
-        self.temporary.unlink()
+        """Leave nothing behind, unless it was finished."""
+        with contextlib.suppress(OSError):  # a full disk
+            self.file.close()
+        self.temporary.unlink(missing_ok=True)
 
     def finish(self, name: str) -> Path:
         self.file.close()
@@ -352,6 +371,14 @@ class Host:
         errors = [str(each.message) for each in (found.errors.data or [])] if found.errors else []
         return self._safe(found.status), self._safe("; ".join([told, *errors]))
 
+    async def cancel(self, batch: Batch) -> str:
+        """Have a batch that is under way end early; its status then. What was answered is still there to fetch."""
+        async with self._client() as client:
+            found = await client.batches.retrieve(batch.batch_id)
+            if found.status not in (*ENDED, "cancelling"):
+                found = await client.batches.cancel(batch.batch_id)
+        return self._safe(found.status)
+
     async def fetch(self, batch: Batch) -> list[bytes] | None:
         """Lines of the results and of the errors of a batch that has ended; None while it is under way."""
         async with self._client() as client:
@@ -372,7 +399,7 @@ class Host:
                 return each
         return None
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def _client(self) -> AsyncIterator[Any]:
         import openai
 
@@ -391,10 +418,9 @@ class Host:
                     f"{host}: HTTP {error.status_code}: {self._safe(message)}; the ledger is kept; repeat the command"
                 ) from None
             except (openai.APIConnectionError, TimeoutError) as error:
-                cause = str(error.__cause__ or error)
-                raise InputError(
-                    f"{host}: no answer ({self._safe(cause)}); the ledger is kept; repeat the command"
-                ) from None
+                cause = error.__cause__ or error
+                told = self._safe(str(cause) or type(cause).__name__)
+                raise InputError(f"{host}: no answer ({told}); the ledger is kept; repeat the command") from None
 
     def _safe(self, text: str) -> str:
         return printable(" ".join(str(remove_secret(text, self.api_key)).split()))[:300]
@@ -445,7 +471,10 @@ def take_results(
         if digest(body) in known:
             counts["repeated"] += 1
             continue
-        budget.book(0, body, estimate_of(asked[key]["request"]))
+        text, pictures = _sent(asked[key]["request"])
+        guess = math.ceil(text / CHARACTERS_PER_TOKEN) + LEAST_OF_A_PICTURE * pictures  # of a ledger without tokens
+        budget.book(0, body, asked[key].get("tokens", guess))
+        budget.spent.short += is_short(body, text, pictures)
         known.add(digest(body))
         if len(known) > 1:
             counts["repeated"] += 1
@@ -508,15 +537,15 @@ def _requests(store: Store, batch: Batch) -> dict[str, Any]:
     return asked
 
 
-def estimate_of(request: Mapping[str, Any]) -> int:
-    """Estimated input tokens of a request as records hold it: of its text, and 85 a picture."""
+def _sent(request: Mapping[str, Any]) -> tuple[int, int]:
+    """Characters of text and number of pictures in a request as records hold it."""
     text = pictures = 0
     for message in request["body"]["messages"]:
         content = message["content"]
         for part in [{"text": content}] if isinstance(content, str) else content:
             text += len(part.get("text", ""))
             pictures += "image_url" in part
-    return math.ceil(text / 4) + 85 * pictures
+    return text, pictures
 
 
 def _parse(content: bytes, api_key: str) -> tuple[str, int, Any, Any]:
@@ -544,7 +573,7 @@ def is_settled(batch: Batch, results: Results) -> bool:
     return batch.state == "exported" or not results.counts["lost"]
 
 
-@contextmanager
+@contextlib.contextmanager
 def submitting_alone(store: Store) -> Iterator[None]:
     """Keep other processes from submitting or taking results in meanwhile."""
     with store.lock(LEDGER, _WHOLE_LEDGER):

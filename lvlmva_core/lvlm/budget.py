@@ -17,6 +17,7 @@ from lvlmva_core.lvlm.replies import UnreadableError, check_response
 from lvlmva_core.lvlm.settings import Endpoint, is_loopback_url
 
 CHARACTERS_PER_TOKEN = 4  # of English prose; for estimates only
+LEAST_OF_A_PICTURE = 85
 POLL_S = 0.05
 UNSEEN = 4.0  # reserve so many times the estimate until a server has said what an answer took
 MOST_TOKENS = 10**9  # a usage above it is no count of tokens
@@ -46,13 +47,29 @@ def estimate_calls(endpoint: Endpoint, *, hits: int, tokens: Sequence[int]) -> E
 
 def estimate_input_tokens(call: Call) -> int:
     """Roughly the tokens of what is sent: four characters a token; a picture 85, and 170 per 512-pixel tile unless
-    its detail is low (how OpenAI counts for GPT-4o; other models differ)."""
+    its detail is low (how OpenAI counts for GPT-4o; other models differ, until an answer states its own)."""
     tokens = math.ceil(call.text_size() / CHARACTERS_PER_TOKEN)
     for picture in call.pictures():
         height, width = picture.pixels.shape[:2]
         tiles = math.ceil(height / 512) * math.ceil(width / 512)
-        tokens += 85 if picture.detail == "low" else 85 + 170 * tiles
+        tokens += LEAST_OF_A_PICTURE if picture.detail == "low" else LEAST_OF_A_PICTURE + 170 * tiles
     return tokens
+
+
+def is_short(response: Any, characters: int, pictures: int) -> bool:
+    """Whether the input tokens that an answer states say that not all was read: pictures dropped, a prompt cut off.
+
+    Four characters of prose make about a token, and a picture takes tokens of its own, few or many. So input with
+    pictures that is less than the text's estimate is short, and text alone that is less than half of it. An answer
+    that states nothing is not.
+
+    Args:
+        characters: of the text that was sent. pictures: how many were.
+    """
+    usage = response.get("usage") if isinstance(response, dict) else None
+    stated = _count(usage.get("prompt_tokens"), 0.0) if isinstance(usage, dict) else None
+    least = characters / CHARACTERS_PER_TOKEN * (1.0 if pictures else 0.5)
+    return stated is not None and stated < least
 
 
 def cost_usd(endpoint: Endpoint, input_tokens: int, output_tokens: int, *, tier: str | None = None) -> float:
@@ -81,7 +98,9 @@ class Spent:
 
     calls: answers that came, and requests that may have been charged without one (unanswered). unreadable: answers
     that were paid and could not be read, of these. other_tier: served by the standard tier for lack of capacity.
-    served: how many answers came under a name that is not the model's.
+    served: how many answers came under a name that is not the model's. elsewhere, lost: answers that were paid and
+    that the store could not take: kept in another file, or nowhere. short: answers whose stated input is less than what
+    was sent can have taken (`is_short`).
     """
 
     calls: int = 0
@@ -94,6 +113,9 @@ class Spent:
     unreadable: int = 0
     other_tier: int = 0
     served: dict[str, int] = field(default_factory=dict)
+    elsewhere: int = 0
+    lost: int = 0
+    short: int = 0
 
 
 class Budget:

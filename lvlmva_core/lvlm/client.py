@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from lvlmva_core.errors import InputError
-from lvlmva_core.lvlm.budget import Budget, Spent, estimate_input_tokens
+from lvlmva_core.lvlm.budget import Budget, Spent, estimate_input_tokens, is_short
 from lvlmva_core.lvlm.calls import KIND, Call, CallStore, Record, answer_text, make_record, said, why_unusable
 from lvlmva_core.lvlm.redact import printable, remove_secret
 from lvlmva_core.lvlm.replies import (
@@ -64,6 +64,14 @@ class UnusableAnswerError(CallFailedError):
         super().__init__(reason)
         self.text = text
         self.bought = bought
+
+
+class NotKeptError(InputError):
+    """The store could not take an answer that was paid. place: where it is kept instead, or None: it is lost."""
+
+    def __init__(self, message: str, place: str | None) -> None:
+        super().__init__(message)
+        self.place = place
 
 
 class NotInStoreError(Exception):
@@ -229,7 +237,8 @@ class Client:
     section: of params.yaml, for messages ("critique.endpoint").
     prepare: called once, before the first call that the store lacks; may fill the store, says the API key ("" where
         none is needed), or raises InputError where nothing may be sent.
-    replay: never send. save: keeps a record that was paid where the store cannot be written; says where.
+    replay: never send. save: keeps a record that was paid where the store cannot be written; says where, or raises
+        InputError.
     bought: keys of the answers that were bought in this run; beyond: of those beyond unusable ones in the store.
     under_way: keys of calls in a batch, which are not bought singly.
     """
@@ -344,25 +353,34 @@ class Client:
         record = make_record(call, response)
         reason_not = why_unusable(response) or question.why_not(said(response))
         self.bought.add(key)
-        await asyncio.shield(asyncio.to_thread(self._keep, record, meta, reason_not is None))
+        not_kept = await asyncio.shield(asyncio.to_thread(self._keep, record, meta, reason_not is None))
+        if not_kept is not None:
+            self.spent.elsewhere += not_kept.place is not None
+            self.spent.lost += not_kept.place is None
+            raise not_kept
         if reason_not is not None:
             self.calls.note_failure({**noted, "reason": reason_not})
             raise UnusableAnswerError(reason_not, said(response), bought=True)
         return record
 
-    def _keep(self, record: Record, meta: Mapping[str, Any], usable: bool) -> None:
+    def _keep(self, record: Record, meta: Mapping[str, Any], usable: bool) -> NotKeptError | None:
         try:
             if usable:
                 self.calls.put(record, meta)
             else:
                 self.calls.put_unusable(record, meta)
         except InputError as error:
-            place = self.save(record)
-            raise InputError(f"{error}; answers that were paid are kept in {place}: `lvlmva calls import` it") from None
+            try:
+                place = self.save(record)
+            except InputError as again:
+                return NotKeptError(f"{error}; an answer that was paid could be kept nowhere ({again})", None)
+            return NotKeptError(f"{error}; answers that were paid are kept in {place}: `lvlmva calls import` it", place)
+        return None
 
     def _succeed(self, response: Mapping[str, Any], call: Call) -> None:
         self.succeeded += 1
         self.doubts.clear()
+        self.spent.short += is_short(response, call.text_size(), len(call.pictures()))
         served = response.get("model")
         if isinstance(served, str) and not _same_model(call.model, served):
             name = printable(served)[:80]

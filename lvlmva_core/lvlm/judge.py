@@ -361,6 +361,7 @@ def verdict_row(
                 if verdicts
             ],
             "records": list(records),
+            **({} if row.not_asked is None else {"not_asked": row.not_asked}),
         }
     )
 
@@ -378,4 +379,16 @@ def summarise(rows: Sequence[VerdictRow]) -> dict[str, Any]:
         "failures": dict(sorted(failures.items())),
         "regions_yes": verdicts["yes"],
         "regions_no": verdicts["no"],
+        **_not_asked(rows),
+    }
+
+
+def _not_asked(rows: Sequence[VerdictRow]) -> dict[str, int]:
+    left = [row.not_asked for row in rows if row.not_asked is not None]
+    if not left:
+        return {}
+    return {
+        "regions_not_asked": sum(len(each.regions) for each in left),
+        "samples_not_asked": sum(each.calls_saved > 0 for each in left),
+        "critic_calls_saved": sum(each.calls_saved for each in left),
     }

@@ -77,6 +77,20 @@ def deciding(answers: Sequence[AnyAnswer], further: Sequence[str]) -> list[AnyAn
     return [each for each in answers if not further or each.place == last]
 
 
+class NotAsked(BaseModel):
+    """Regions that nobody was asked about, since the prediction does not depend on them: they are not rejected.
+
+    at_most: the share of the logit's typical size that no exchange of them moved it by more than
+    (critique.independent_at_most). calls_saved: calls to critics; 0 where the sample's other regions were asked about.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    regions: Annotated[list[Region], Field(min_length=1)]
+    at_most: Annotated[float, Field(ge=0.0)]
+    calls_saved: Annotated[int, Field(ge=0)]
+
+
 class Row(BaseModel):
     """What both files say of a sample.
 
@@ -93,6 +107,7 @@ class Row(BaseModel):
     settings: dict[str, Any]
     failure: Text | None
     further: list[Literal["disagreement", "failure", "reliance"]] = Field(default_factory=list)
+    not_asked: NotAsked | None = None
 
     def all_answers(self) -> Sequence[Answer]:
         """Several answers, or none where one was asked for."""
@@ -123,7 +138,8 @@ class CritiqueRow(Row):
 
     @model_validator(mode="after")
     def _a_critique_or_a_failure(self) -> "CritiqueRow":
-        if (self.critique is None) != (self.failure is not None):
+        nothing_to_ask = self.not_asked is not None and not self.regions
+        if (self.critique is None) != (self.failure is not None or nothing_to_ask):
             raise ValueError("a row has either a critique or a failure")
         return self
 
@@ -131,13 +147,15 @@ class CritiqueRow(Row):
 class VerdictRow(Row):
     """Verdicts of a critique's regions, each once. records: the calls that they came from, all attempts in order.
 
-    answers: where several were asked for, what each was judged to say; `verdicts` are their votes, and `records` empty.
+    answers: where several were asked for, what each was judged to say; `verdicts` are their votes by the rule `votes`,
+    and `records` empty.
     """
 
     judge: Text
     verdicts: list[Verdict]
     records: list[Record]
     answers: list[JudgedAnswer] = Field(default_factory=list)
+    votes: Literal["majority", "unanimous"] = "majority"
 
     def all_answers(self) -> Sequence[JudgedAnswer]:
         """Several answers, or none where one was asked for."""
@@ -145,15 +163,29 @@ class VerdictRow(Row):
 
     @model_validator(mode="after")
     def _verdicts_or_a_failure(self) -> "VerdictRow":
-        if bool(self.verdicts) != (self.failure is None):
+        if (self.verdicts and self.failure is not None) or (self.failure is None and not self.by_region()):
             raise ValueError("a row has either verdicts or a failure")
         if len({each.region for each in self.verdicts}) < len(self.verdicts):
             raise ValueError("a region has two verdicts")
         return self
 
     def by_region(self) -> dict[int, str]:
-        """Region -> "yes" | "no"."""
-        return {each.region: each.verdict for each in self.verdicts}
+        """Region -> "yes" | "no"; what nobody was asked about is not rejected. Empty after a failure."""
+        needless = [] if self.not_asked is None or self.failure is not None else self.not_asked.regions
+        return {**{each.region: "yes" for each in needless}, **{each.region: each.verdict for each in self.verdicts}}
+
+    def shares_rejecting(self) -> dict[int, float]:
+        """Region -> share of the votes that reject it, 0..1.
+
+        Raises:
+            InputError: there were no votes.
+        """
+        if self.failure is None and any(each.certainty is None for each in self.verdicts):
+            raise InputError(f"'{self.sample}' has one answer, which casts no votes; run `dvc repro critique`")
+        return {
+            each.region: (each.certainty or 0.0) if each.verdict == "no" else 1.0 - (each.certainty or 0.0)
+            for each in self.verdicts
+        }
 
 
 AnyRow = TypeVar("AnyRow", bound=Row)

@@ -135,12 +135,16 @@ class Several(Settings):
 
     critics: further critics, each a section like this one, with the prompts of this one. least_answers: usable answers
     that a sample needs; null: all that it was asked for.
+
+    independent_at_most: regions whose exchange (stage exchange) moves the true class's logit by at most this share of
+    its typical size get no critic and are not rejected; null: all are asked about.
     """
 
     prompts: Folder
     critics: list["Critique"] = Field(default_factory=list)
     least_answers: Count | None = None
     cascade: Cascade | None = None
+    independent_at_most: NonNegative | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -148,7 +152,7 @@ class Several(Settings):
         if not isinstance(content, dict) or not isinstance(content.get("critics"), list):
             return content
         for number, each in enumerate(content["critics"]):
-            for key in ("prompts", "critics", "least_answers", "cascade"):
+            for key in ("prompts", "critics", "least_answers", "cascade", "independent_at_most"):
                 if isinstance(each, dict) and key in each:
                     raise ValueError(f"critics[{number}].{key} belongs to the section critique itself; remove it there")
         shared = {"prompts": content.get("prompts")}
@@ -177,6 +181,11 @@ class Several(Settings):
     def all_critics(self) -> list[Any]:
         """This critic and the further ones, in order."""
         return [self, *self.critics]
+
+    def first_calls(self) -> int:
+        """Calls to critics that every sample gets, a cascade's last critic left out."""
+        critics = self.all_critics() if self.cascade is None else self.all_critics()[:-1]
+        return sum(each.answers() for each in critics)
 
     def one_answer(self) -> bool:
         """Whether a sample gets one answer, as in the paper."""

@@ -32,12 +32,10 @@ def vote(verdicts: Sequence[str], rule: Rule) -> tuple[str, float]:
         >>> vote(["no", "no", "yes", "yes"], "majority")
         ('yes', 0.5)
     """
-    if rule not in get_args(Rule):
-        raise ValueError(f"unknown rule '{rule}'; expected one of {', '.join(get_args(Rule))}")
     if not verdicts or set(verdicts) - {"yes", "no"}:
         raise ValueError(f"votes {list(verdicts)}; expected one or more of yes, no")
     rejecting = sum(verdict == "no" for verdict in verdicts)
-    rejected = 2 * rejecting > len(verdicts) if rule == "majority" else rejecting == len(verdicts)
+    rejected = bool(rejects(np.array(rejecting), len(verdicts), rule))
     agreeing = rejecting if rejected else len(verdicts) - rejecting
     return ("no" if rejected else "yes"), agreeing / len(verdicts)
 
@@ -102,17 +100,28 @@ def error_correlations(rejected: np.ndarray, truth: np.ndarray) -> dict[tuple[in
     return found
 
 
-def accuracy_of_majority(rejected: np.ndarray, truth: np.ndarray) -> float:
-    """Share of regions on which the majority is right; a tie keeps the region.
+def rejects(votes: np.ndarray, answers: int, rule: Rule) -> np.ndarray:
+    """Whether so many votes of `answers` reject a region (`vote`): bool, in the shape of `votes`.
+
+    Raises:
+        ValueError: another rule.
+    """
+    if rule not in get_args(Rule):
+        raise ValueError(f"unknown rule '{rule}'; expected one of {', '.join(get_args(Rule))}")
+    return np.asarray(2 * votes > answers if rule == "majority" else votes == answers)
+
+
+def accuracy_of_votes(rejected: np.ndarray, truth: np.ndarray, rule: Rule) -> float:
+    """Share of regions on which the answers' vote is right.
 
     Args:
-        rejected: as in `kappa_of`, N at least 1, without nan. truth: bool (N,).
+        rejected: as in `kappa_of`, N at least 1, without nan. truth: bool (N,). rule: as for `vote`.
     """
-    return float(((2 * rejected.sum(axis=1) > rejected.shape[1]) == truth).mean())
+    return float((rejects(rejected.sum(axis=1), rejected.shape[1], rule) == truth).mean())
 
 
-def accuracy_if_independent(rejected: np.ndarray, truth: np.ndarray) -> float:
-    """What `accuracy_of_majority` would be expected to be, did the answers err independently of each other.
+def accuracy_if_independent(rejected: np.ndarray, truth: np.ndarray, rule: Rule) -> float:
+    """What `accuracy_of_votes` would be expected to be, did the answers err independently of each other.
 
     Each answer keeps its own rates of errors on regions that are to be rejected and on those to be kept; what is
     dropped is that they err on the same ones.
@@ -125,8 +134,8 @@ def accuracy_if_independent(rejected: np.ndarray, truth: np.ndarray) -> float:
         rejecting = np.ones(1)  # probability that so many answers reject
         for rate in of_kind.mean(axis=0):
             rejecting = np.convolve(rejecting, [1 - rate, rate])
-        majority = float(rejecting[2 * np.arange(len(rejecting)) > rejected.shape[1]].sum())
-        right += len(of_kind) * (majority if kind else 1 - majority)
+        by_vote = float(rejecting[rejects(np.arange(len(rejecting)), rejected.shape[1], rule)].sum())
+        right += len(of_kind) * (by_vote if kind else 1 - by_vote)
     return right / len(rejected)
 
 
@@ -208,11 +217,12 @@ def cascade_cost(first: Sequence[float], last: Sequence[float | None]) -> Cascad
     return CascadeCost(len(last), len(asked), float(sum(first)), float(sum(asked)), everything)
 
 
-def error_summary(rejected: np.ndarray, truth: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+def error_summary(rejected: np.ndarray, truth: np.ndarray, names: Sequence[str], rule: Rule | None) -> dict[str, Any]:
     """How the answers err against the truth, and whether they do so together.
 
     Args:
-        rejected: as in `kappa_of`. truth: bool (N,). names: of the A answers.
+        rejected: as in `kappa_of`. truth: bool (N,). names: of the A answers. rule: by which all of them vote; None in
+            a cascade, where they do not.
     """
     complete = ~np.isnan(rejected).any(axis=1)
     accuracy = {}
@@ -227,7 +237,7 @@ def error_summary(rejected: np.ndarray, truth: np.ndarray, names: Sequence[str])
         "error_correlation": {f"{names[one]} and {names[other]}": value for (one, other), value in pairs.items()},
         "regions_with_all_answers": int(complete.sum()),
     }
-    if complete.any():
-        summary["accuracy_of_majority"] = accuracy_of_majority(rejected[complete], truth[complete])
-        summary["accuracy_if_independent"] = accuracy_if_independent(rejected[complete], truth[complete])
+    if complete.any() and rule is not None:
+        summary["accuracy_of_votes"] = accuracy_of_votes(rejected[complete], truth[complete], rule)
+        summary["accuracy_if_independent"] = accuracy_if_independent(rejected[complete], truth[complete], rule)
     return summary

@@ -103,6 +103,8 @@ def _render(content: AuditContent, examples: int, side: int, quality: int) -> st
         lstrip_blocks=True,
     )
 
+    environment.filters["two_places"] = lambda value: f"{value:z.2f}"  # without -0.00
+
     def url(picture: np.ndarray) -> str:
         return picture_url(picture, side, quality)
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from lvlmva_core.regions import Overlay
 from lvlmva_core.render import COLOUR_NAMES, PALETTE, render_image, render_overlay, render_segmentation
 
 LINES = 40  # of the critique that are drawn
@@ -19,13 +20,14 @@ def chain_figure(
     regions: Sequence[Mapping[str, Any]],
     critique: str | None,
     who: str,
+    overlay: Overlay = "grey",
 ) -> Figure:
     """Draw the image, attribution before, regions, overlay, mask and attribution after, and the verdicts below.
 
     Args:
         picture: uint8 (C, H, W). parts: "before", "after": float (H, W); "segments": uint8 (H, W); "mask": bool (H, W);
             None = not made, which is said in its place. regions: dicts with colour, attribution, area and verdict.
-        critique: the critic's text. who: critic and judge by name.
+        critique: the critic's text. who: critic and judge by name. overlay: as the critic was shown it.
     """
     before, after, segments, mask = (parts[name] for name in ("before", "after", "segments", "mask"))
     scale = 1.0 if before is None else float(np.percentile(np.abs(before), 99.5)) or 1.0
@@ -34,7 +36,7 @@ def chain_figure(
         ("image", render_image(picture), {}),
         ("attribution before", before, signed),
         ("regions", None if segments is None else render_segmentation(segments), {}),
-        ("overlay", None if segments is None else render_overlay(picture, segments), {}),
+        ("overlay", None if segments is None else render_overlay(picture, segments, style=overlay), {}),
         ("mask (suppressed)", mask, {"cmap": "gray_r", "vmin": 0, "vmax": 1, "interpolation": "nearest"}),
         ("attribution after", after, signed),
     ]

@@ -57,7 +57,7 @@ def differences_figure(
             _label(axes, f"{mean:+.3f}{' *' if p < 0.05 else ''}", max(mean + deviation, 0.0), place)
         axes.set_title(f"Δ {metric}", fontsize=9)
     enough = "* two-sided p < 0.05" if seeds >= 6 else "too few for a significant difference"
-    figure.supxlabel(f"difference to the base model, {seeds} seeds; {enough}", fontsize=8)
+    figure.supxlabel(f"difference to the base model, {seeds} seed{'' if seeds == 1 else 's'}; {enough}", fontsize=8)
     return figure
 
 

@@ -43,7 +43,7 @@ class Findings:
 def figures_of(found: Findings) -> dict[str, tuple[str, Figure]]:
     """Name of each figure -> its caption, and the figure; that of the entropy where groups are known."""
     content, table, names = found.content, found.samples, found.about["class_names"]
-    who = tables.judged_by(content)
+    who, overlay = tables.judged_by(content), content["verdicts"]["critic_settings"].get("overlay", "grey")
     caption = f"{found.about['dataset']}; {who}"
     spurious = table["spurious"].to_numpy(dtype=bool) if groups_known(table) else None
     test = table[table["split"] == "test"]
@@ -60,7 +60,7 @@ def figures_of(found: Findings) -> dict[str, tuple[str, Figure]]:
         ),
         "panel": (
             "Alignment samples, class by class in turn, most masked attribution first; red raises the logit.",
-            panel_of(table, found.shown, found.pictures, names, who, *found.panel),
+            panel_of(table, found.shown, found.pictures, names, who, *found.panel, overlay=overlay),
         ),
         "curves": (
             "Validation accuracy during alignment.",

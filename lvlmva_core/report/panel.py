@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from lvlmva_core.regions import Overlay
 from lvlmva_core.render import render_image, render_overlay, render_segmentation
 from lvlmva_core.report.figures import panel_figure
 from lvlmva_core.samples import rows_of_ids
@@ -22,13 +23,14 @@ def panel_of(
     caption: str,
     parts: Mapping[str, Named],
     shares: np.ndarray,
+    overlay: Overlay = "grey",
 ) -> Figure:
     """Draw the samples `ids`, in their order.
 
     Args:
         samples: the sample table. pictures: uint8 (n, C, H, W), of `ids`. caption: who judged.
         parts: "before" and "after" (attributions), "segments" and "masks", each of these samples at least.
-        shares: (n,), of the positive attribution before, that is masked.
+        shares: (n,), of the positive attribution before, that is masked. overlay: as the critic was shown it.
     """
     found = {name: _rows(part, ids) for name, part in parts.items()}
     labels = samples["label"].to_numpy()[rows_of_ids(samples, list(ids))]
@@ -40,7 +42,8 @@ def panel_of(
         before=list(found["before"]),
         regions=[render_segmentation(label_map) for label_map in found["segments"]],
         overlays=[
-            render_overlay(picture, label_map) for picture, label_map in zip(pictures, found["segments"], strict=True)
+            render_overlay(picture, label_map, style=overlay)
+            for picture, label_map in zip(pictures, found["segments"], strict=True)
         ],
         masks=list(found["masks"]),
         after=list(found["after"]),

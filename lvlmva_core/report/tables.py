@@ -49,7 +49,8 @@ def before_and_after(content: Mapping[str, Any]) -> tuple[list[str], list[list[s
         measured = content["methods"][name]
         values = [measured["test"].get(metric) for metric in headings]
         values += [measured[split]["accuracy"] for split in extra]
-        rows.append([METHODS[name].label, *(_number(value) for value in values)])
+        seeds = measured.get("seeds", 1)
+        rows.append([METHODS[name].label, *(_number(value, seeds) for value in values)])
     return columns, rows
 
 
@@ -115,10 +116,13 @@ def _named(name: str) -> str:
     return f"{name} (a stand-in, not a vision-language model)" if is_stand_in(name) else name
 
 
-def _number(value: float | dict[str, float] | None) -> str:
+def _number(value: float | dict[str, float] | None, seeds: int) -> str:
+    """A mean with its spread, which one seed does not have."""
     if value is None:
         return "not known"
-    return f"{value['mean']:.3f} ± {value['std']:.3f}" if isinstance(value, dict) else f"{value:.3f}"
+    if not isinstance(value, dict):
+        return f"{value:.3f}"
+    return f"{value['mean']:.3f} ± {value['std']:.3f}" if seeds > 1 else f"{value['mean']:.3f}"
 
 
 Bars = dict[str, dict[str, tuple[float, float]]]
@@ -210,8 +214,10 @@ def _note(content: Mapping[str, Any]) -> str:
     bound = (
         "RRR with true masks knows what LVLM-VA does not: it is the bound. " if "rrr_gt" in content["methods"] else ""
     )
+    several = any(found.get("seeds", 1) > 1 for found in content["methods"].values())
+    spread = "mean ± standard deviation over seeds" if several else "one seed, so that its spread is not known"
     return (
-        f"Test split; mean ± standard deviation over seeds. {', '.join(terms)}{'. ' if terms else ''}{bound}"
+        f"Test split; {spread}. {', '.join(terms)}{'. ' if terms else ''}{bound}"
         "The controls know less (docs/alignment.md)."
     )
 

@@ -50,6 +50,15 @@ class PenaltyTests:
         assert bool((some <= everything * (1 + 1e-12)).all()), "a part of the picture costs more than the whole"
         assert bool((some < everything).all()), "what lies outside the mask counts"
 
+    def test_weights_cost_less_than_the_whole_mask(self) -> None:
+        """Masks may be weights in [0, 1]; 1 is what True is."""
+        model, (images, masks, labels) = _network(), _batch()
+        measure = self.penalty().measure
+        whole = measure(model, images, masks, labels).detach()
+        torch.testing.assert_close(measure(model, images, masks.float(), labels).detach(), whole)
+        half = measure(model, images, masks.float() / 2, labels).detach()
+        assert bool(((half > 0) & (half < whole)).all()), "half a weight costs nothing, or as much as a whole one"
+
     def test_samples_are_independent(self) -> None:
         """Also with BatchNorm, also in train mode."""
         model, (images, masks, labels) = _network().train(), _batch()
@@ -106,16 +115,18 @@ class PenaltyTests:
     def test_masks_of_another_shape_or_type_are_refused(self) -> None:
         """A mask that broadcasts would punish other pixels than it says."""
         model, (images, masks, labels) = _network(), _batch()
-        for wrong in (masks.double(), masks[:1], masks[:, :1], masks[:, None]):
+        for wrong in (masks.long(), masks[:1], masks[:, :1], masks[:, None]):
             with refused("mask"):
                 self.penalty().measure(model, images, wrong, labels)
 
     def test_the_closed_form_is_what_double_backward_gives(self) -> None:
-        """For ReLU MLPs of several depths, where it has one: losses and gradients."""
+        """For ReLU MLPs of several depths, where it has one: losses and gradients, inside masks and weights."""
         if self.penalty().closed_form is None:
             return
-        for depth in (1, 2, 3):
-            model, (images, masks, labels) = _mlp(depth), _batch()
+        images, hard, labels = _batch()
+        weights = torch.from_numpy(np.random.default_rng(1).random(hard.shape))
+        for depth, masks in ((1, hard), (2, hard), (3, hard), (3, weights)):
+            model = _mlp(depth)
             layers = linear_layers(model)
             assert layers is not None
             rrr_lambda = 0.7

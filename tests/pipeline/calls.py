@@ -157,7 +157,7 @@ def write_params(folder: Path, server: Server, **changes: Any) -> Path:
 CRITIQUE = (
     "stages.critique --params params.yaml --images data/images.zarr --samples data/samples.parquet "
     "--segments data/segments.zarr --attributions data/attributions.zarr --spurious-masks data/spurious_masks.zarr "
-    "--prompts prompts --critiques data/critiques.jsonl"
+    "--reliance data/reliance.zarr --prompts prompts --critiques data/critiques.jsonl"
 )
 JUDGE = (
     "stages.judge --params params.yaml --critiques data/critiques.jsonl --prompts prompts "
@@ -213,7 +213,7 @@ def critique_here(dry_run: bool = False) -> None:
     """The stage critique in this process, in the current folder."""
     data = Path("data")
     names = ("images.zarr", "samples.parquet", "segments.zarr", "attributions.zarr", "spurious_masks.zarr")
-    inputs = (data / name for name in names)
+    inputs = (data / name for name in (*names, "reliance.zarr"))
     critique(Path("params.yaml"), *inputs, Path("prompts"), data / "critiques.jsonl", dry_run=dry_run)
 
 

@@ -5,6 +5,8 @@ import gzip
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 from lvlmva_core.errors import InputError
 from lvlmva_core.lvlm.budget import BudgetSpentError
 from lvlmva_core.lvlm.calls import CallStore
-from lvlmva_core.store import Store
+from lvlmva_core.store import Store, digest
 from tests.pipeline.calls import (
     COUNT,
     CRITIQUE,
@@ -147,6 +149,28 @@ def test_a_usage_that_is_none_books_the_estimate(
     planned = re.search(r"at most ([0-9.]+) USD", said)
     assert planned
     assert _booked(said)[1] >= float(planned[1]) - 1e-4
+
+
+def test_too_few_tokens_in_are_said_once_and_counted(
+    folder: Path, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As servers count that drop pictures, or cut the prompt off; one that states nothing is not accused."""
+    shorter = {"usage": {"prompt_tokens": 300, "completion_tokens": 100}}
+    server.set(always={"response": shorter, "only": 'the class "3"'})
+    critique_here()
+    said = capsys.readouterr().err
+    assert said.count("tokens in than what was sent must take") == 1
+    assert f"warning: critique.endpoint: 1 of {COUNT} answers state fewer" in said
+    text = server.log()[0]["body"]["messages"][0]["content"][0]["text"]
+    assert len(text) / 4 > 300  # so that what it says is true
+    for usage in ({}, {"usage": None}, {"usage": {"prompt_tokens": 0}}):
+        shutil.rmtree(folder.parent / "store")
+        server.set(always={"response": usage}, usage=False)
+        critique_here()
+        assert "must take" not in capsys.readouterr().err
+    server.set(usage={"prompt_tokens": 3, "completion_tokens": 20})  # a template that drops the critique
+    judge_here()
+    assert "judge.endpoint: 2 of 2 answers state fewer" in capsys.readouterr().err
 
 
 def test_requests_that_get_no_answer_are_booked_since_they_may_be_charged(
@@ -458,6 +482,131 @@ def test_what_was_paid_is_kept_elsewhere_where_the_store_cannot_be_written(
     run(folder, f"lvlmva.cli calls import {saved}", environment(tmp_path / "store"))
     critique_here()
     assert server.paid() == COUNT
+
+
+LONG = {"message": {"content": "red blue yellow: I go on and on. " * 2000}}  # 66 KB
+
+
+def test_an_answer_that_no_file_can_take_is_said_to_be_lost_and_not_said_to_be_kept(
+    tmp_path: Path, server: Server
+) -> None:
+    """With the kernel's own limit on the size of a file: writing stops in the middle of a record."""
+    here, variables = project(tmp_path / "p", server, 6, endpoint={"concurrency": 1}), environment(tmp_path / "store")
+    server.set(always={**LONG, "only": 'the class "3"'})
+    words = ["prlimit", "--fsize=32768", sys.executable, "-m", *CRITIQUE.split()]
+    done = subprocess.run(words, cwd=here, env={**variables, "TMPDIR": str(tmp_path)}, capture_output=True, text=True)
+    said = done.stderr
+    assert done.returncode == 1, said
+    assert "Traceback" not in said
+    assert "warning: critique.endpoint: 1 answers were paid and could be kept nowhere; they are lost" in said
+    assert "could be kept nowhere" in said.splitlines()[-1]
+    assert "are kept in" not in said
+    assert server.paid() == 4
+    assert _whole_records(tmp_path / "store") == 3
+    assert [path.stat().st_size for path in tmp_path.glob("lvlmva-unsaved-*")] == [0]
+    server.set()
+    run(here, CRITIQUE, variables)
+    assert server.paid() == 3  # the lost one, and two that were not asked about
+
+
+def test_an_output_that_does_not_fit_is_one_line_and_costs_nothing_again(tmp_path: Path, server: Server) -> None:
+    here, variables = project(tmp_path / "p", server, 6), environment(tmp_path / "store")
+    server.set(
+        always={"message": {"content": "red blue yellow: I go on. " * 200}}
+    )  # 5 KB, of which the limit takes six
+    words = ["prlimit", "--fsize=32768", sys.executable, "-m", *CRITIQUE.split()]
+    done = subprocess.run(words, cwd=here, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last == (
+        "error: critique: an output cannot be written (File too large); make room and repeat the command; what was "
+        "paid for is in the store"
+    )
+    assert _whole_records(tmp_path / "store") == server.paid() == 6
+    run(here, CRITIQUE, variables)
+    assert server.paid() == 6
+
+
+def _whole_records(store: Path) -> int:
+    """Records in a store; none of them, and nothing half written, is anything else."""
+    files = [path for path in (store / "calls").glob("??/*") if path.is_file()]
+    for path in files:
+        assert json.loads(path.read_bytes())["response"]["choices"]
+    return len(files)
+
+
+NO_MOUNT = subprocess.run(
+    ["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True, check=False
+).returncode
+
+
+@pytest.mark.skipif(NO_MOUNT != 0, reason="no file system of one's own can be mounted here (unshare -rm)")
+def test_a_disk_that_fills_up_loses_nothing_and_is_told_as_full(tmp_path: Path, server: Server) -> None:
+    """A store on a disk of 160 KB: what does not fit is kept elsewhere, and taken in when there is room."""
+    here, variables = project(tmp_path / "p", server, 6, endpoint={"concurrency": 2}), environment(tmp_path / "store")
+    (tmp_path / "store").mkdir()
+    server.set(always=LONG)
+    script = (
+        f"mount -t tmpfs -o size=160k tmpfs {tmp_path}/store; {sys.executable} -m {CRITIQUE}; code=$?; "
+        f"cp -r {tmp_path}/store {tmp_path}/copy; exit $code"
+    )
+    words = ["unshare", "-rm", "bash", "-c", script]
+    done = subprocess.run(words, cwd=here, env={**variables, "TMPDIR": str(tmp_path)}, capture_output=True, text=True)
+    said = done.stderr
+    assert done.returncode == 1, said
+    assert "Traceback" not in said
+    assert "the store cannot be written (No space left on device)" in said.splitlines()[-1]
+    kept = _whole_records(tmp_path / "copy")
+    saved = next(tmp_path.glob("lvlmva-unsaved-*.jsonl"))
+    elsewhere = len(saved.read_bytes().splitlines())
+    assert elsewhere > 0
+    assert kept > 0
+    assert kept + elsewhere == server.paid() < 6
+    assert f"{elsewhere} answers were paid and are kept in {saved}" in said
+    shutil.rmtree(tmp_path / "store")
+    shutil.copytree(tmp_path / "copy", tmp_path / "store")
+    paid = server.paid()
+    assert f"{elsewhere} new records" in run(here, f"lvlmva.cli calls import {saved}", variables)
+    run(here, CRITIQUE, variables)
+    assert server.paid() == 6 > paid
+
+
+def test_records_without_an_answer_are_found_by_check_and_bought_anew_by_the_stage(
+    folder: Path, server: Server
+) -> None:
+    """Whole by their digests, and no answers; one is nested so deeply that reading it is an error."""
+    critique_here()
+    variables = environment(folder.parent / "store")
+    files = sorted((folder.parent / "store" / "calls").glob("??/*.json"))
+    odd: list[Any] = [
+        {"choices": [{"message": {"role": "assistant", "content": None}, "finish_reason": "stop"}]},
+        {"choices": [{"message": {"content": "red", "refusal": "I can't"}, "finish_reason": "stop"}]},
+        {"choices": [{"message": {"content": "red"}, "finish_reason": "length"}]},
+        {},
+    ]
+    lines = []
+    for file, response in zip(files, odd, strict=False):
+        content = {**json.loads(file.read_bytes()), "response": response}
+        content.pop("meta")
+        content["sha256"] = digest({name: value for name, value in content.items() if name != "sha256"})
+        lines.append(json.dumps(content))
+        file.write_text(lines[-1])
+    files[4].write_text("[" * 100_000)
+    (folder / "odd.jsonl").write_text("\n".join(lines) + "\n")
+    assert "4 records were refused" in run(folder, "lvlmva.cli calls import odd.jsonl", variables, code=1)
+    assert "1 records are whole, 5 damaged" in run(folder, "lvlmva.cli calls check", variables, code=1)
+    server.set()
+    critique_here()
+    assert server.paid() == 5
+    assert all(row["failure"] is None and row["critique"] != "None" for row in rows(folder, "critiques"))
+
+
+def test_an_address_with_a_key_in_it_is_refused_without_showing_it(folder: Path, server: Server) -> None:
+    write_params(folder, server, endpoint={"base_url": f"{server.url}/v1?api_key=sk-1234abcd"})
+    said = run(folder, CRITIQUE, environment(folder.parent / "store"), code=1)
+    assert "base_url: api_key looks like a credential; name its variable in api_key_variable" in said
+    assert "sk-1234abcd" not in said
+    assert server.log() == []
 
 
 FLEX = {

@@ -47,6 +47,16 @@ def test_the_chain_gives_the_verdicts_that_the_pictures_hold(folder: Path, serve
     first = server.log()[0]
     sizes = [part["image_url"] for part in first["body"]["messages"][0]["content"] if part["type"] == "image_url"]
     assert sizes == [{"detail": "low", "size": [224, 224], "mode": "RGB", "info": []}] * 3
+    of_judge = [entry["body"]["response_format"]["json_schema"] for entry in server.log()[COUNT:]]
+    assert all(form["strict"] for form in of_judge)
+    assert [form["schema"]["properties"]["output"] for form in of_judge] == [
+        {  # one verdict for each colour and no further one; a list could go on without end
+            "type": "object",
+            "properties": {each: {"type": "string", "enum": ["yes", "no"]} for each in ("red", "blue", "yellow")},
+            "required": ["red", "blue", "yellow"],
+            "additionalProperties": False,
+        }
+    ] * len(of_judge)
     metrics = json.loads(Path("metrics.json").read_text())["judge"]
     assert metrics["critic_settings"]["name_spurious_feature"] is False
     assert metrics["samples_judged"] == COUNT

@@ -4,8 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from ruamel.yaml import YAML
 
+from lvlmva_core.arrays import read_array
+from lvlmva_core.samples import read_penalised
+from stages.mask import mask
 from tests.pipeline.calls import CRITIQUE, JUDGE, Server, endpoint, environment, project, rows, run
 
 COUNT = 4
@@ -15,6 +20,42 @@ ALL_NO = {"message": {"content": "red: no\nblue: no\nyellow: no"}}
 def _metrics(here: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((here / "metrics" / "judge.json").read_text())["judge"]
     return content
+
+
+def _assert_votes_weigh_masks(here: Path) -> None:
+    """The stage mask, soft and hard, against a count of the answers in each row, pixel by pixel."""
+    (here / "overrides.csv").write_text("sample,segmentation,region,verdict\n")
+    files = {name: here / f"{name}.json" for name in ("soft", "hard")}
+    params = here / "params.yaml"
+    text = params.read_text()
+    for name in files:
+        yaml = YAML(typ="safe", pure=True)
+        content = yaml.load(text)
+        content["mask"] |= {"weights": "votes"} if name == "soft" else {}
+        with params.open("w") as file:
+            yaml.dump(content, file)
+        data = here / "data"
+        given = (params, data / "segments.zarr", data / "verdicts.jsonl", here / "overrides.csv")
+        mask(*given, here / f"{name}.zarr", files[name])
+    params.write_text(text)
+    ids, weights = read_penalised(here / "soft.zarr")
+    assert weights.dtype == np.float32
+    segments = read_array(here / "data" / "segments.zarr", "segments")
+    split = 0
+    for row in rows(here, "verdicts"):
+        votes = [answer["verdicts"] for answer in row["answers"]]
+        for region in np.unique(segments[ids.index(row["sample"])]):
+            share = sum(vote[str(region)] == "no" for vote in votes) / len(votes)
+            inside = weights[ids.index(row["sample"])][segments[ids.index(row["sample"])] == region]
+            assert inside == pytest.approx(share)
+            split += 0 < share < 1
+    assert split > 0
+    hard, masks = read_array(here / "hard.zarr", "masks"), read_array(here / "soft.zarr", "masks")
+    np.testing.assert_array_equal(hard, masks)
+    np.testing.assert_array_equal(weights > 0.5, masks)
+    assert read_penalised(here / "hard.zarr")[1].dtype == bool
+    assert json.loads(files["soft"].read_text())["mask"]["weights"] == "share of votes (an extension)"
+    assert "weights" not in json.loads(files["hard"].read_text())["mask"]
 
 
 def test_three_answers_vote_and_the_first_is_the_one_bought_before(tmp_path: Path, server: Server) -> None:
@@ -44,6 +85,7 @@ def test_three_answers_vote_and_the_first_is_the_one_bought_before(tmp_path: Pat
     run(here, JUDGE, variables)
     assert server.log() == []
     assert [(here / "data" / f"{name}.jsonl").read_bytes() for name in ("critiques", "verdicts")] == before
+    _assert_votes_weigh_masks(here)
     project(here, server, COUNT, critique={"samples": 3}, judge={"votes": "unanimous"})
     run(here, JUDGE, variables)
     assert [r["verdicts"][0]["verdict"] for r in rows(here, "verdicts")] == [

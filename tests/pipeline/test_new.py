@@ -139,9 +139,13 @@ def test_from_a_folder_to_a_gate(project: Project) -> None:
     project.run("lvlmva", "export", "--out", "export", "--format", "safetensors")
     assert "rules" in (project.folder / "export/README.md").read_text(encoding="utf-8")
     gate = ["lvlmva", "gate", "--model", "export/model.safetensors", "--reliance-at-most"]
-    passed = project.run(*gate, "1000")
-    assert "passed: at most 1000" in passed.stdout
-    assert project.run(*gate, "0", check=False).returncode in (0, 1)
+    models = {row["model"]: row for row in json.loads(project.run(*gate, "1000", "--json").stdout)["models"]}
+    exported, aligned = models["export/model.safetensors"], models["aligned (seed=0)"]
+    assert {**exported, "model": ""} == {**aligned, "model": ""}  # it is the same network
+    relies = exported["reliance"] > 0
+    strict = project.run(*gate, str(exported["reliance"] / 2 if relies else 0), check=False)
+    assert strict.returncode == (1 if relies else 0), strict.stderr
+    assert ("FAILED: more than" if relies else "passed: at most 0") in strict.stdout
 
 
 def _reject_first_regions(project: Project) -> None:

@@ -97,6 +97,18 @@ def test_a_linear_model_has_the_penalty_in_closed_form() -> None:
     torch.testing.assert_close(_contrast(model, images, masks).detach(), expected, rtol=1e-12, atol=0)
 
 
+def test_a_region_of_a_share_of_votes_counts_by_its_square() -> None:
+    """Regions of 2, 1 and no votes of 3, of a linear model: (2/3)² and (1/3)² of what hard masks of them cost."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(40, 4)).double()
+    images, _ = _batch()
+    weight, p = model[1].weight.detach(), torch.softmax(model(images), dim=1).detach()
+    squares = (weight.sum(0) - 4 * p @ weight).reshape(images.shape).square().sum(1)  # (3, 4, 5)
+    shares = torch.zeros((3, 4, 5))
+    shares[:, :2], shares[:, 2] = 2 / 3, 1 / 3
+    expected = squares[:, :2].sum((1, 2)) * 4 / 9 + squares[:, 2].sum(1) / 9
+    torch.testing.assert_close(rrr_penalty(model, images, shares).detach(), expected, rtol=1e-6, atol=0)
+
+
 def test_only_the_log_probabilities_are_flat_where_two_classes_are_equally_probable() -> None:
     # d/dx sum_k log p_k = (1 - 2 p_1) d(z_1 - z_0)/dx; the contrast is z_1 - z_0 up to its sign
     model = nn.Sequential(nn.Flatten(), nn.Linear(40, 2)).double()
@@ -142,9 +154,9 @@ def test_batchnorm_is_in_eval_mode_inside_and_every_mode_is_restored() -> None:
 
 def test_masks_of_another_shape_or_type_are_refused() -> None:
     model, (images, masks) = _network(), _batch()
-    with pytest.raises(ValueError, match=r"masks must be bool \(3, 4, 5\)"):
-        rrr_penalty(model, images, masks.double())
-    with pytest.raises(ValueError, match=r"masks must be bool \(3, 4, 5\)"):
+    with pytest.raises(ValueError, match=r"masks must be bool or floating \(3, 4, 5\)"):
+        rrr_penalty(model, images, masks.long())
+    with pytest.raises(ValueError, match=r"masks must be bool or floating \(3, 4, 5\)"):
         rrr_penalty(model, images, masks[:, None])
 
 

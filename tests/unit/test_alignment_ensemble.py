@@ -146,6 +146,14 @@ def test_each_run_may_have_masks_of_its_own(network: Any) -> None:
 
 
 @pytest.mark.parametrize("network", [_mlp, _cnn])
+def test_masks_may_be_weights(network: Any) -> None:
+    generator = torch.Generator().manual_seed(5)
+    weights = torch.rand((N_ALIGN, 4, 5), generator=generator) * _data()["masks"]
+    model = network()
+    _assert_like_the_plain_loop(model, _align(model, RUNS, weights), [weights] * len(RUNS))
+
+
+@pytest.mark.parametrize("network", [_mlp, _cnn])
 def test_gradients_are_clipped_and_the_rate_falls_as_in_the_plain_loop(network: Any) -> None:
     longest, model, masks = 0.3, network(), [_data()["masks"]] * len(RUNS)
     settings: dict[str, Any] = {"max_gradient_norm": longest, "learning_rate_schedule": "linear"}
@@ -277,7 +285,10 @@ def test_a_selection_without_patience_scores_the_last_epoch() -> None:
 def test_patience_without_selection_and_masks_of_another_shape_are_refused() -> None:
     with pytest.raises(ValueError, match="patience needs a selection"):
         _align(_mlp(), RUNS, patience=1)
-    with pytest.raises(ValueError, match=r"masks must be bool \(5, 10, 4, 5\)"):
+    for wrong in (2.0, -0.1, math.nan):
+        with pytest.raises(ValueError, match=r"weights must lie in \[0, 1\]"):
+            _align(_mlp(), RUNS, torch.full((N_ALIGN, 4, 5), wrong))
+    with pytest.raises(ValueError, match=r"masks must be bool or floating \(5, 10, 4, 5\)"):
         _align(_mlp(), RUNS, torch.zeros((4, N_ALIGN, 4, 5), dtype=torch.bool))
 
 

@@ -75,6 +75,28 @@ def test_the_corner_comes_up_and_a_model_that_ignores_it_is_not_accused(folder: 
     assert not [group for group in found["groups"] if group["at_edge"] and group["depended_on"]]
 
 
+def test_a_table_with_ids_and_unusual_names_is_read_as_new_reads_it(folder: Path) -> None:
+    """The columns are guessed by their content, or said; the same pictures give the same findings."""
+    rows = [(path.stem, path.parent.name) for path in sorted((folder / "pictures").rglob("*.png"))]
+    (folder / "pictures/all").mkdir()
+    for place, (stem, name) in enumerate(rows):
+        (folder / "pictures" / name / f"{stem}.png").rename(folder / "pictures/all" / f"{place:03d}.png")
+    lines = [f"{place:03d},{name},{len(name)}" for place, (_, name) in enumerate(rows)]
+    (folder / "pictures/list.csv").write_text("number,finding,site\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    said = ["--columns", "file=number,label=finding", "--file-pattern", "all/{}.png"]
+    found = []
+    for words in (said, said[:2]):
+        code, out = _run(*_words("relies"), "--table", "list.csv", *words, "--json")
+        assert code == 0, out
+        found.append(json.loads(out))
+    assert found[0] == found[1]
+    assert found[0]["accuracy"] == 1.0
+    code, out = _run(*_words("relies"), "--columns", "label=finding")
+    assert "--columns and --file-pattern are of a table; name it with --table" in out
+    code, out = _run(*_words("relies"), "--table", "lost.csv")
+    assert "--table lost.csv: no such file, here or below pictures" in out
+
+
 def test_the_page_names_no_file_and_escapes_classes(folder: Path) -> None:
     code, out = _run(*_words("relies"), "--out", "page.html", "--at-most-mb", "0.2")
     assert code == 0, out

@@ -33,6 +33,7 @@ def after(*changes: str) -> Any:
         ("critique.critic=no", "critic: rules", "critic: 'no'"),
         ("critique.endpoint.model=a=b", "endpoint: null", "endpoint: {model: a=b}"),
         ("methods.rrr_gt={learning_rate: 1}", "{rrr_lambda: 0.03}", "{rrr_lambda: 0.03, learning_rate: 1}"),
+        ("methods={lvlm_va: {}}", "{lvlm_va: {}, rrr_gt: {rrr_lambda: 0.03}}", "{lvlm_va: {}}"),
         ("methods.random_masks={}", "{lvlm_va: {}", "{lvlm_va: {}, random_masks: {}"),
         ("critique.endpoint=", "endpoint: null", "endpoint: "),
     ],

@@ -1,3 +1,4 @@
+import re
 import shutil
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from lvlmva.params import load_params
+from lvlmva.params import load_params, sections_lacking
 from lvlmva_core.arrays import read_json
 from lvlmva_core.datasets.decoy import DecoyDigits
 from lvlmva_core.datasets.registry import DATASETS
@@ -306,3 +307,75 @@ def test_what_needs_labels_that_a_data_set_lacks_is_refused(
         params.check_supervision(groups=groups, true_masks=masks)
     assert "\n" not in str(caught.value)
     params.check_supervision(groups=True, true_masks=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ([("align.training_batch", 101)], "align.training_batch = 101, the split train has 100 pictures; lower it"),
+        (
+            [("methods", {"lvlm_va": {}, "random_masks": {"training_batch": 200}})],
+            "methods.random_masks.training_batch = 200, the split train has 100",
+        ),
+    ],
+)
+def test_a_batch_that_the_split_cannot_fill_is_refused_before_anything_is_paid(
+    tmp_path: Path, changes: list[tuple[str, Any]], message: str
+) -> None:
+    params = load_params(_params_with(tmp_path, *changes))
+    with pytest.raises(InputError, match=re.escape(message)):
+        params.check_batches(100)
+    params.check_batches(200)
+
+
+def test_the_stage_settings_refuses_it_too(tmp_path: Path) -> None:
+    from tests.pipeline.calls import write_data
+
+    write_data(tmp_path, 6)
+    changed = ("methods", {"lvlm_va": {}, "lambda_zero": {"rrr_lambda": 0.0, "training_batch": 7}})
+    params, data = _params_with(tmp_path, changed, ("align.training_batch", 6)), tmp_path / "data"
+    with pytest.raises(InputError, match=r"methods.lambda_zero.training_batch = 7, the split train has 6 pictures"):
+        settings(params, data / "samples.parquet", data / "spurious_masks.zarr", ROOT / "prompts", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_section_that_has_defaults_and_is_not_there_is_named(tmp_path: Path) -> None:
+    """DVC follows every section, and refuses a params.yaml of an earlier version in words of its own."""
+    older = _params_with(tmp_path, ("exchange", ...))
+    assert load_params(older).exchange.n_donors == load_params(ROOT / "params.yaml").exchange.n_donors
+    assert sections_lacking(older) == ["exchange"]
+    assert sections_lacking(ROOT / "params.yaml") == []
+
+
+NO = {"disagreement": False}
+MODEL = {"critic": "model", "samples": 3, "endpoint": {"base_url": "http://localhost:1/v1", "model": "m"}}
+
+
+@pytest.mark.parametrize(
+    ("critique", "judge", "message"),
+    [
+        ({}, {}, "needs several answers"),
+        ({**MODEL, "samples": 1}, {}, "needs several answers"),
+        (MODEL, {"votes": "unanimous"}, r"judge\.votes 'unanimous' has all votes"),
+        ({**MODEL, "critics": [{"critic": "rules"}], "cascade": {}}, {}, "in this cascade no vote is split"),
+        (MODEL, {}, None),
+        ({"critics": [{"critic": "oracle"}]}, {}, None),
+        ({**MODEL, "critics": [{**MODEL}], "cascade": {}}, {}, None),
+        (
+            {**MODEL, "critics": [{"critic": "rules"}], "cascade": {"disagreement": False, "reliance_above": 0.5}},
+            {},
+            None,
+        ),
+    ],
+)
+def test_votes_weigh_masks_only_where_they_can_be_split(
+    tmp_path: Path, critique: dict[str, Any], judge: dict[str, Any], message: str | None
+) -> None:
+    changes = [(f"critique.{key}", value) for key, value in critique.items()]
+    changes += [(f"judge.{key}", value) for key, value in judge.items()]
+    file = _params_with(tmp_path, ("mask.weights", "votes"), *changes)
+    if message is None:
+        assert load_params(file).mask.weights == "votes"
+        return
+    with pytest.raises(InputError, match=rf"mask\.weights = 'votes'.*{message}"):
+        load_params(file)

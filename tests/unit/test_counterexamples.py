@@ -151,6 +151,15 @@ def test_draws_depend_on_seed_and_epoch_and_not_on_the_order_of_the_alignment_se
     assert not torch.equal(pairs, drawn.draw(4, 5, 2))
 
 
+def test_of_weights_counts_what_most_votes_rejected() -> None:
+    training, alignment, masks = _data()
+    weights = torch.where(masks, 0.7, 0.3)
+    drawn, weighed = (Counterexamples(training, alignment, each, _made_like()) for each in (masks, weights))
+    step = drawn.draw(1, 0, 1)[0]
+    assert torch.equal(step, weighed.draw(1, 0, 1)[0])
+    assert torch.equal(drawn.make(step).swapped, weighed.make(step).swapped)
+
+
 def test_nothing_to_make_counterexamples_of_is_said() -> None:
     training, alignment, masks = _data()
     with pytest.raises(InputError, match=r"counterexamples\.swapped: no rejected region has a training picture of an"):

@@ -12,10 +12,10 @@ from lvlmva_core.exchange import (
     centred,
     draw_trial,
     exchange_regions,
-    independent_regions,
     run_trial,
     summary_of,
 )
+from lvlmva_core.independence import independent_regions
 from lvlmva_core.metrics import reliance_on_rejected
 from lvlmva_core.samples import Split
 from lvlmva_core.statistics import bootstrap_interval
@@ -124,7 +124,8 @@ def test_a_model_that_uses_one_place_is_found_out_by_its_region() -> None:
     np.testing.assert_allclose(found.other[:, 1], 0, atol=1e-6)
     np.testing.assert_allclose(found.own, 0, atol=1e-5)
     spread_out = found.logit + np.linspace(-1, 1, 60, dtype=np.float32)
-    assert independent_regions(found.other, spread_out, 0.1).tolist() == [[False, True]] * 60
+    falls, spreads = (found.other, found.own), (found.other_spread, found.own_spread)
+    assert independent_regions(falls, spreads, spread_out, 0.1).tolist() == [[False, True]] * 60
     assert summary_of(found)["regions"] == 120
     masks = segments == 0
     trial = draw_trial(labels.numpy(), masks, labels.numpy(), n_held_out=20, n_donors=3, seed=1)

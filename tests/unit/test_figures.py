@@ -1,6 +1,7 @@
 """What is drawn, read back from the figures."""
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -9,9 +10,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
 from lvlmva.sweep import read_experiments, sweep
+from lvlmva_core.comparison import over_seeds
 from lvlmva_core.errors import InputError
+from lvlmva_core.report.chain import chain_figure
 from lvlmva_core.report.figures import differences_figure, outcome_figure, sweep_figure
-from lvlmva_core.report.tables import supervision
+from lvlmva_core.report.panel import panel_of
+from lvlmva_core.report.tables import before_and_after, supervision
 
 
 def test_differences_are_drawn_with_a_star_where_they_are_significant() -> None:
@@ -120,3 +124,26 @@ def test_supervision_says_what_was_used_in_this_run() -> None:
         found = supervision({"methods": methods, "verdicts": {"critic": [critic]}})
         assert found[0] == "none"
         assert all(row.endswith(said) for row in found[1:])
+
+
+def test_one_seed_has_no_spread_in_the_table() -> None:
+    runs = {"base": {"": {"test.accuracy": 0.5}}, "lvlm_va": {"0": {"test.accuracy": 0.6}, "1": {"test.accuracy": 0.8}}}
+    one = {"base": runs["base"], "lvlm_va": {"0": {"test.accuracy": 0.6}}}
+    assert [row[1] for row in before_and_after({"methods": over_seeds(runs)})[1]] == ["0.500", "0.700 ± 0.141"]
+    assert [row[1] for row in before_and_after({"methods": over_seeds(one)})[1]] == ["0.500", "0.600"]
+
+
+@pytest.mark.parametrize("overlay", ["grey", "colour"])
+def test_the_overlay_is_drawn_as_the_critic_was_shown_it(overlay: Literal["grey", "colour"]) -> None:
+    """Of a picture all orange: the stripes leave it as it is between them, the grey one nowhere."""
+    picture = np.broadcast_to(np.array([250, 140, 10], np.uint8)[:, None, None], (3, 32, 32))
+    segments = np.repeat(np.array([0, 1], np.uint8), 512).reshape(32, 32)
+    parts = {"before": np.ones((32, 32)), "after": np.ones((32, 32)), "segments": segments, "mask": segments == 1}
+    named = {"masks" if name == "mask" else name: ({"ids": ["a"]}, part[None]) for name, part in parts.items()}
+    samples = pd.DataFrame({"id": ["a"], "label": [0]})
+    panel = panel_of(samples, ["a"], picture[None], ["k"], "who", named, np.ones(1), overlay)
+    chain = chain_figure("a", picture, parts, [], None, "who", overlay)
+    for figure in (panel, chain):
+        titled = next(axes for axes in figure.axes if axes.get_title() == "overlay")
+        shown = np.asarray(titled.images[0].get_array())
+        assert (shown == [250, 140, 10]).all(axis=2).any() == (overlay == "colour")

@@ -444,6 +444,33 @@ def test_presets_of_critics_fit_params_and_keep_pictures_here(preset: Path, tmp_
         assert is_loopback(endpoint) == (endpoint.api_key_variable is None)
 
 
+# keys of a call of the Critic and of one of the Judge, when the presets still stated every key of an endpoint
+BOUGHT_WITH = {
+    "gpt-4o-mini": ("0f15845dfe48", "0521875448d1"),
+    "gpt-4o": ("5880ba0842f2", "b703fe813e28"),
+    "gpt-5": ("ae3819e03eff", "77abbc07ad79"),
+    "llama-4-scout": ("9a2da1aff75b", "c7ea95cf20bf"),
+    "local-llama-cpp": ("712a48ede8cd", "3882fe17ec13"),
+    "local-ollama": ("d59b52aaf1fc", "55f2e4b5687d"),
+    "local-vllm": ("1e729e3c98bb", "501e035bc551"),
+    "qwen3-vl": ("ba396eacdfb3", "8834cad0e647"),
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_what_was_bought_with_a_preset_stays_a_hit(preset: Path) -> None:
+    content = YAML(typ="safe", pure=True).load(preset.read_text())
+    critic, judge = (Endpoint.model_validate(content[section]["endpoint"]) for section in ("critique", "judge"))
+    picture = (np.arange(3 * 64) % 256).astype(np.uint8).reshape(3, 8, 8)
+    segments = np.repeat(np.array([0, 1], np.uint8), 32).reshape(8, 8)
+    prompts = load_critic_prompts(PROMPTS / "skin", ["benign"])
+    asked = critic_call(critic, prompts, "benign", picture, segments, name_spurious_feature=False)
+    judged = judge_call(
+        judge, load_judge_prompts(PROMPTS / "skin"), "red: yes", ["red"], answer_format="json_schema", earlier=[]
+    )
+    assert (asked.key()[:12], judged.key()[:12]) == BOUGHT_WITH[preset.stem]
+
+
 def test_the_presets_are_there() -> None:
     hosted = {"gpt-4o", "gpt-4o-mini", "gpt-5", "llama-4-scout", "qwen3-vl"}
     assert hosted | {"local-vllm", "local-llama-cpp", "local-ollama"} == {path.stem for path in PRESETS}

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from lvlmva_core.alignment.selection import by_pseudo_group
 from lvlmva_core.controls import masks_on_random_pictures, random_masks_like
 from lvlmva_core.errors import InputError
 from lvlmva_core.masks import Override, assemble_mask, assemble_masks, read_overrides, why_stale
@@ -52,6 +53,46 @@ def test_failed_samples_are_left_out_with_their_reason() -> None:
     assert result.ids == ["a"]
     assert result.left_out == {"b": "no_region", "c": "refused"}
     assert result.masks.sum() == 2
+
+
+def test_votes_weigh_regions_and_an_expert_counts_as_all() -> None:
+    given = {0: "no", 1: "yes", 2: "no"}
+    shares = {0: 2 / 3, 1: 1 / 3, 2: 1.0}
+    one = {"a": given, "b": given}
+    overrides = [Override("b", segmentation_digest(SEGMENTS), region, v) for region, v in ((0, "yes"), (1, "no"))]
+    segments = np.stack([SEGMENTS] * 2)
+    result = assemble_masks(["a", "b"], segments, one, {}, overrides, {"a": shares, "b": shares})
+    assert result.weights is not None
+    assert result.weights.dtype == np.float32
+    np.testing.assert_allclose(result.weights[0], [[2 / 3, 2 / 3, 1 / 3], [1, 1 / 3, 0]], rtol=1e-6)
+    np.testing.assert_array_equal(result.weights[1], [[0, 0, 1], [1, 1, 0]])
+    np.testing.assert_array_equal(result.weights > 0.5, result.masks)  # what the majority says
+    assert result.summary()["samples_split"] == 1
+    assert result.summary()["mean_weight"] == pytest.approx((3 + 3) / 12)
+    hard = assemble_masks(["a", "b"], segments, one, {}, overrides)
+    np.testing.assert_array_equal(hard.masks, result.masks)
+    assert hard.weights is None
+    assert "weights" not in hard.summary()
+
+
+def test_controls_move_weights_as_they_move_masks() -> None:
+    weights = np.random.default_rng(0).random((6, 5, 4), dtype=np.float32)
+    for move in (random_masks_like, masks_on_random_pictures):
+        moved = move(weights, 3)
+        assert moved.dtype == np.float32
+        np.testing.assert_array_equal(moved > 0.5, move(weights > 0.5, 3))
+        np.testing.assert_array_equal(np.sort(moved.ravel()), np.sort(weights.ravel()))
+
+
+def test_pseudo_groups_are_of_what_more_than_half_reject() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images, donors = torch.rand((6, 1, 5, 4), generator=generator), torch.rand((4, 1, 5, 4), generator=generator)
+    weights = torch.rand((4, 5, 4), generator=generator)
+    weights[0] = 0.5  # no more than half: no donor
+    given = (images, torch.arange(6) % 2, donors, torch.arange(4) % 2)
+    soft, hard = (by_pseudo_group(*given, masks, 0) for masks in (weights, weights > 0.5))
+    assert torch.equal(soft.images, hard.images)
+    assert torch.equal(soft.groups, hard.groups)
 
 
 def test_none_left_is_an_error_that_says_why() -> None:

@@ -72,6 +72,15 @@ def test_an_experiment_forgets_what_stood_there_and_comments_stay(
     assert "+  root: some/folder" in shown
 
 
+def test_no_key_of_another_models_endpoint_stays(params: Path) -> None:
+    _apply(params, "critics/gpt-5", "critique.endpoint.allow_upload=true", "critique.max_failed_share=0.3")
+    _apply(params, "critics/local-vllm")
+    written, given = _read(params), _read(ROOT / "presets" / "critics" / "local-vllm.yaml")
+    assert [written[section]["endpoint"] for section in given] == [given[section]["endpoint"] for section in given]
+    assert written["critique"]["max_failed_share"] == 0.3
+    assert list(written["critique"]) == list(_read(ROOT / "params.yaml")["critique"])
+
+
 def test_a_dry_run_and_a_mistake_write_nothing(params: Path) -> None:
     before = params.read_text()
     _apply(params, "decoy_mnist", dry_run=True)
