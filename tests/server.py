@@ -5,7 +5,7 @@ where picture 2 shows this colour. Asked for JSON, it reads the verdicts out of 
 
 A fault is a name, or an object that says what comes back: status, headers, text or base64 (the body), response (laid
 over the usual one), message (laid over the answer's message), only (a text that the prompt must hold, else all is
-well).
+well). With `distinct` critiques differ where pictures differ in brightness, so that the Judge is asked about each.
 An answer is paid where it was sent whole under a status of success.
 
     python tests/server.py        prints its port; POST /control {...}, GET /log
@@ -67,6 +67,7 @@ class State:
             "usage": True,
             "say": None,
             "keep": True,
+            "distinct": False,
             "batch": {},
         }
         self.files: dict[str, bytes] = {}
@@ -374,7 +375,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
         if hasattr(self, "entry"):
-            self.entry["paid"] = 200 <= status < 300
+            self.entry |= {"paid": 200 <= status < 300, "sent": time.monotonic()}
 
 
 def _asked(body: dict[str, Any]) -> str:
@@ -411,7 +412,8 @@ def _critique(body: dict[str, Any]) -> str:
     assert asked
     colours = asked[1].split(", ")
     verdicts = [f"{colour}: {DECIDE(body['model'], image, nearest == colour, colour)}" for colour in colours]
-    return "\n".join(["I looked at all three pictures.", *verdicts])
+    look = f" The first has a brightness of {image.mean():.4f}." if STATE.control["distinct"] else ""
+    return "\n".join([f"I looked at all three pictures.{look}", *verdicts])
 
 
 def _verdicts(body: dict[str, Any]) -> str:

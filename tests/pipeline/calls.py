@@ -33,7 +33,7 @@ class Server:
     def set(self, **control: Any) -> None:
         """Behave so from now on; what is not given goes back to the default."""
         default = {"latency_s": 0.0, "faults": [], "always": None, "usage": True, "say": None, "keep": True}
-        default |= {"forget": True, "batch": {}}
+        default |= {"forget": True, "distinct": False, "batch": {}}
         data = json.dumps({**default, **control}).encode()
         urllib.request.urlopen(urllib.request.Request(self.url + "/control", data), timeout=10).close()
 

@@ -10,8 +10,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,6 +24,7 @@ from tests.pipeline.calls import ROOT
 FOLDER = Path(os.environ.get("LVLMVA_REAL_SERVERS", ROOT / ".real-servers"))
 SET_UP = (FOLDER / ".ready").exists()
 needs_servers = pytest.mark.skipif(not SET_UP, reason="run `make real-servers`: it builds llama.cpp's server")
+TEMPLATE = Path(__file__).with_name("plain.jinja")  # these weights were never taught to chat
 LOADING_S = 120.0
 
 
@@ -35,6 +36,7 @@ def llama_server(log: Path, *arguments: str) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [str(binary), "-m", str(FOLDER / "gemma3-270m.gguf"), "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--chat-template-file", str(TEMPLATE), "--swa-full"]
     with log.open("wb") as out, subprocess.Popen([*command, *arguments], stdout=out, stderr=out) as process:
         try:
             _wait_until_loaded(process, f"http://127.0.0.1:{port}/health", log)
@@ -78,19 +80,24 @@ class Proxy:
         """Answers under status 200."""
         return [answer for answer in self.delivered if answer.status == 200]
 
-    def bought_again(self, kills: Sequence[float], keeping_s: float = 1.0) -> tuple[int, int]:
-        """Answers that were paid a second time: (where the first was under way at a kill, where it was not).
+    def lost(self, kept: Collection[str], kills: Sequence[float], keeping_s: float = 2.0) -> tuple[int, int]:
+        """Answers that were paid and are not kept: (under way at a kill, not under way at one).
 
-        keeping_s: how long a client may take to keep an answer.
+        Args:
+            kept: ids of answers. keeping_s: how long a client may take to keep an answer.
         """
-        excused = lost = 0
-        last: dict[str, Delivered] = {}
-        for answer in self.paid():
-            if (first := last.get(answer.body)) is not None:
-                under_way = any(first.asked <= kill <= first.sent + keeping_s for kill in kills)
-                excused, lost = excused + under_way, lost + (not under_way)
-            last[answer.body] = answer
-        return excused, lost
+        missing = [answer for answer in self.paid() if answer.response["id"] not in kept]
+        under_way = sum(any(answer.asked <= kill <= answer.sent + keeping_s for kill in kills) for answer in missing)
+        return under_way, len(missing) - under_way
+
+    def bought_after(self, used: Collection[str]) -> int:
+        """Answers that were paid to a question whose answer was there and was good enough to be used.
+
+        Args:
+            used: ids of the answers that the outputs are made of.
+        """
+        answered = {answer.body: answer.sent for answer in self.paid() if answer.response["id"] in used}
+        return sum(answer.asked > answered.get(answer.body, answer.asked) for answer in self.paid())
 
 
 @contextmanager
@@ -105,11 +112,10 @@ def counting_proxy(upstream: str) -> Iterator[Proxy]:
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["content-length"]))
             asked = time.monotonic()
-            connection = http.client.HTTPConnection(host, timeout=600)
-            connection.request("POST", self.path, body, {"content-type": "application/json"})
-            answer = connection.getresponse()
-            content = answer.read()
-            connection.close()
+            with closing(http.client.HTTPConnection(host, timeout=600)) as connection:
+                connection.request("POST", self.path, body, {"content-type": "application/json"})
+                answer = connection.getresponse()
+                content = answer.read()
             self.send_response(answer.status)
             self.send_header("content-type", "application/json")
             self.send_header("content-length", str(len(content)))

