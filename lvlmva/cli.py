@@ -20,6 +20,7 @@ from lvlmva.repro import repro
 from lvlmva.results import results
 from lvlmva.review import review
 from lvlmva.sweep import sweep
+from lvlmva.tables import tables
 from lvlmva_core.errors import InputError
 
 
@@ -46,6 +47,7 @@ app.command()(results)
 app.command("explain")(explain_sample)
 app.command()(review)
 app.command()(sweep)
+app.command()(tables)
 app.command()(deps)
 app.command("check-model")(check_model_command)
 app.command("export")(export_model)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, Field, ValidationError
 
-from lvlmva_core.align_settings import AlignSettings
+from lvlmva_core.align_settings import UNUSED, AlignSettings, SharedAlignSettings
 from lvlmva_core.attribution_methods import AttributionMethod
 from lvlmva_core.datasets.registry import Prepare
 from lvlmva_core.errors import InputError
@@ -87,7 +87,7 @@ class Params(Settings):
     critique: Critique
     judge: Judge
     mask: Mask
-    align: AlignSettings
+    align: SharedAlignSettings
     methods: dict[str, dict[str, Any]]
     retrained: dict[str, dict[str, Any]]
     explain: Explain
@@ -104,18 +104,17 @@ class Params(Settings):
         inherited = self.align.model_dump()
         for name, own in self.methods.items():
             _check_method("methods", name, "penalty")
-            merged = {**inherited, **METHODS[name].fixed, **own}
-            if "rrr_lambda" in {**METHODS[name].fixed, **own} and "selection" not in own and merged["selection"]:
-                merged["selection"] = {**merged["selection"], "rrr_lambdas": []}
-            settings = _validated(AlignSettings, merged, f"methods.{name}")
-            if METHODS[name].fixed and settings.candidates() != [METHODS[name].fixed["rrr_lambda"]]:
-                raise InputError(f"methods.{name}: rrr_lambda must be {METHODS[name].fixed['rrr_lambda']:g}; remove it")
-            if settings.alignment_batch > self.rank.n_samples:
+            settings = _align_settings(name, inherited, own)
+            if settings.batch()[0] > self.rank.n_samples:
                 raise InputError(
                     f"methods.{name}: alignment_batch = {settings.alignment_batch} is larger than the alignment set "
                     f"(rank.n_samples = {self.rank.n_samples}); lower it in align"
                 )
             chosen[name] = settings
+        if self.align.counterexamples and all(METHODS[name].correction == "rrr" for name in self.methods):
+            raise InputError(
+                "align.counterexamples: no method makes them; remove it, or add lvlm_va_counterexamples: {} to methods"
+            )
         trained = self.train.model_dump()
         known = {**{key: value for key, value in trained.items() if value is not None}, "seeds": self.align.seeds}
         for name, own in self.retrained.items():
@@ -188,6 +187,30 @@ class Params(Settings):
                 own = "training_batch" in self.methods.get(name, {})
                 place = f"methods.{name}.training_batch" if own else "align.training_batch"
                 raise InputError(f"{place} = {batch}, the split train has {n_train} pictures; lower it")
+
+
+def _align_settings(name: str, inherited: dict[str, Any], own: dict[str, Any]) -> AlignSettings:
+    """Settings of a method that fine-tunes the base model: what it states, over what it is, over the section `align`.
+
+    Raises:
+        InputError: it states what makes it another method, or what its correction has no use for.
+    """
+    method = METHODS[name]
+    if stated := [key for key in UNUSED[method.correction] if key in own]:
+        raise InputError(f"methods.{name}: {stated[0]} has no use with correction: {method.correction}; remove it")
+    merged = {key: value for key, value in inherited.items() if key not in UNUSED[method.correction]}
+    fixed = {**method.fixed, "correction": method.correction}
+    if method.correction == "counterexamples":
+        fixed["rrr_lambda"] = 0.0
+    merged = {**merged, **fixed, **own}
+    if "rrr_lambda" in {**fixed, **own} and "selection" not in own and merged["selection"]:
+        merged["selection"] = {**merged["selection"], "rrr_lambdas": []}
+    settings = _validated(AlignSettings, merged, f"methods.{name}")
+    if "rrr_lambda" in fixed and settings.candidates() != [fixed["rrr_lambda"]]:
+        raise InputError(f"methods.{name}: rrr_lambda must be {fixed['rrr_lambda']:g}; remove it")
+    if settings.correction != method.correction:
+        raise InputError(f"methods.{name}: correction must be {method.correction}; remove it")
+    return settings
 
 
 def _check_method(section: str, name: str, kind: str) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from lvlmva_core.penalties import penalty_of
 from lvlmva_core.settings import Count, NonNegative, Positive, Seed, Settings
@@ -35,8 +35,47 @@ class SelectionSettings(Settings):
     seed: Seed = 0
 
 
+Correction = Literal["rrr", "counterexamples", "both"]
+
+# what a correction has no use for
+UNUSED: dict[str, tuple[str, ...]] = {
+    "rrr": ("counterexamples",),
+    "counterexamples": ("rrr_lambda", "alignment_batch", "penalty"),
+    "both": (),
+}
+
+
+class CounterexampleSettings(Settings):
+    """Counterexamples of a step (`lvlmva_core.counterexamples`; an extension).
+
+    swapped, erased: pictures of either kind, beside the training batch. pair_weight: of the squared change of the
+    logits' contrasts between the swapped pictures and their twins, mean over these; 0 = no pairing.
+    edges: "hard", or "feathered": the donor's content fades out over `feather` pixels around its region.
+    """
+
+    swapped: Annotated[int, Field(ge=0)] = 12
+    erased: Annotated[int, Field(ge=0)] = 12
+    pair_weight: NonNegative = 0.3
+    edges: Literal["hard", "feathered"] = "hard"
+    feather: Positive | None = None
+
+    @model_validator(mode="after")
+    def _all_is_used(self) -> "CounterexampleSettings":
+        if not self.swapped and not self.erased:
+            raise ValueError("swapped and erased are both 0: no counterexample is made; take correction: rrr")
+        if self.pair_weight and not self.swapped:
+            raise ValueError("pair_weight compares swapped pictures with their twins, and swapped is 0; set it to 0")
+        if (self.edges == "feathered") != (self.feather is not None):
+            raise ValueError("feather says over how many pixels feathered edges fade; give it with these and only then")
+        return self
+
+
 class AlignSettings(Settings):
-    """Fine-tuning with a penalty on input gradients (`lvlmva_core.alignment.align_ensemble`).
+    """Fine-tuning that corrects what was rejected (`lvlmva_core.alignment.align_ensemble`).
+
+    correction: "rrr", the paper's penalty on input gradients; "counterexamples", pictures that contradict the shortcut
+    (an extension), for which there is no λ: rrr_lambda is 0; "both" in one step (an extension).
+    counterexamples: what these are made like; null = the defaults.
 
     rrr_lambda: belongs to inputs in [0, 1]. gamma: weight of the squared parameters. alignment_batch, training_batch:
     masked and unmasked samples of a batch.
@@ -73,6 +112,31 @@ class AlignSettings(Settings):
     max_gradient_norm: Positive | None = None
     learning_rate_schedule: Literal["constant", "linear"] = "constant"
     penalty: Annotated[str, AfterValidator(_known_penalty)] = "log_probabilities"
+    correction: Correction = "rrr"
+    counterexamples: CounterexampleSettings | None = None
+
+    @model_validator(mode="after")
+    def _all_is_used(self) -> "AlignSettings":
+        if self.correction == "rrr" and self.counterexamples is not None:
+            raise ValueError("counterexamples are not made with correction: rrr; remove them, or take another")
+        if self.correction == "counterexamples" and self.candidates() != [0.0]:
+            raise ValueError("correction: counterexamples has no penalty; set rrr_lambda to 0, or take both")
+        if self.correction != "rrr" and self.selection is not None and self.selection.rule == "pseudo_group":
+            raise ValueError(
+                "selection.rule pseudo_group swaps regions as counterexamples do, and would choose by what was trained "
+                "on; set selection to null for this method, or take another rule"
+            )
+        return self
+
+    def made_like(self) -> CounterexampleSettings | None:
+        """How counterexamples are made; None where none are."""
+        return None if self.correction == "rrr" else self.counterexamples or CounterexampleSettings()
+
+    def batch(self) -> tuple[int, int]:
+        """Samples of a step: drawn from the alignment set for the penalty, and all together (I)."""
+        masked = 0 if self.correction == "counterexamples" else self.alignment_batch
+        made = self.made_like()
+        return masked, masked + self.training_batch + (made.swapped + made.erased if made else 0)
 
     def candidates(self) -> list[float]:
         """Every λ that is tried, rising."""
@@ -82,3 +146,16 @@ class AlignSettings(Settings):
     def runs(self) -> list[tuple[float, int]]:
         """Every (λ, seed) that is trained."""
         return [(rrr_lambda, seed) for rrr_lambda in self.candidates() for seed in self.seeds]
+
+
+class SharedAlignSettings(AlignSettings):
+    """The section `align`: what every method starts from. Each says its own correction, and passes over the rest."""
+
+    @model_validator(mode="after")
+    def _all_is_used(self) -> "SharedAlignSettings":
+        if self.correction != "rrr":
+            raise ValueError(
+                "a method says its own correction, and lvlm_va is the paper's; remove it here and add "
+                f"lvlm_va_{self.correction}: {{}} to methods"
+            )
+        return self

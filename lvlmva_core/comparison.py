@@ -4,6 +4,7 @@ Pandas, scipy and files alone: no model is run, torch is not imported.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
@@ -13,6 +14,7 @@ from lvlmva_core.errors import InputError
 from lvlmva_core.metrics import (
     METRICS,
     Measured,
+    contrast,
     entropy_auroc,
     group_accuracies,
     reliance_on_rejected,
@@ -20,7 +22,7 @@ from lvlmva_core.metrics import (
 )
 from lvlmva_core.outputs import BASE, SUBJECT, Outputs
 from lvlmva_core.regions import ON_OBJECT, Overlap, overlaps
-from lvlmva_core.samples import groups_known
+from lvlmva_core.samples import TWINS, groups_known
 from lvlmva_core.statistics import bootstrap_interval, mean_and_std, wilcoxon_test
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ def measure(
     rows = samples[samples["split"].str.startswith("test")]
     shares = samples.loc[samples["split"] == "train", "group"].value_counts(normalize=True)
     known = groups_known(samples)
+    pairs = shortcut_pairs(samples)
     values: Runs = {}
     groups = []
     for method, found in outputs.items():
@@ -72,6 +75,8 @@ def measure(
                     maps,
                     masks,
                     found.exchanged[:, place] if found.exchange_ids else None,
+                    found.logits[chosen, place],
+                    None if pairs is None else pairs.contrasts(found.logits[:, place]),
                 )
                 of_model |= _values(measured, split)
                 if measured.spurious is not None and split == "test":
@@ -82,6 +87,49 @@ def measure(
                     of_model |= _robustness(corrupted, measured.labels, of_model["test.accuracy"])
             values[method][seed] = of_model
     return values, pd.concat(groups, ignore_index=True) if groups else pd.DataFrame(columns=GROUP_COLUMNS)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Test pictures that are there with and without the spurious feature, by their places among all test samples.
+
+    shown, without: int64 (n,). classes: (n,), the class that the feature in the picture speaks for.
+    """
+
+    shown: np.ndarray
+    without: np.ndarray
+    classes: np.ndarray
+
+    def contrasts(self, logits: np.ndarray) -> np.ndarray:
+        """Of one model, from its logits (N, K): float64 (n, 2) as `lvlmva_core.metrics.shortcut_effect` takes them."""
+        return np.stack([contrast(logits[places], self.classes) for places in (self.shown, self.without)], axis=1)
+
+
+def shortcut_pairs(samples: pd.DataFrame) -> Pairs | None:
+    """Which test pictures are there with and without the spurious feature; None where none are.
+
+    Either `test` has its `test_twins`, and the feature speaks for the class that has the largest share of it in
+    training; or pictures are there with their own class's feature (`test_agreeing`) and without any (`test_plain`).
+    Pictures belong together by their source.
+    """
+    rows = samples[samples["split"].str.startswith("test")].reset_index(drop=True)
+    splits = set(rows["split"]) if groups_known(samples) else set()
+    if TWINS in splits:
+        table = rows[rows["split"].isin(["test", TWINS])]
+        training = samples[samples["split"] == "train"]
+        label, with_feature = training["label"].to_numpy(), training["spurious"].to_numpy(dtype=bool)
+        shares = np.bincount(label, weights=with_feature) / np.maximum(np.bincount(label), 1)
+        speaks_for = np.full(len(rows), int(shares.argmax()))
+    elif {"test_agreeing", "test_plain"} <= splits:
+        table = rows[rows["split"].isin(["test_agreeing", "test_plain"])]
+        speaks_for = rows["label"].to_numpy()
+    else:
+        return None
+    has = table["spurious"].to_numpy(dtype=bool)
+    shown, without = (table[chosen].reset_index().set_index("source")["index"] for chosen in (has, ~has))
+    both = shown.index.intersection(without.index)
+    at = shown[both].to_numpy()
+    return Pairs(at, without[both].to_numpy(), speaks_for[at])
 
 
 def reliance_intervals(outputs: Mapping[str, Outputs], seed: int = 0) -> dict[str, Any]:
@@ -187,19 +235,27 @@ def tests(values: Runs) -> dict[str, Any]:
     return found
 
 
-def left_out(*, groups: bool, test_masks: bool, alignment_masks: bool) -> dict[str, str]:
+def pictures_counted(outputs: Mapping[str, Outputs], samples: pd.DataFrame) -> dict[str, int]:
+    """Metric -> on how many test pictures it is taken, where these are not all of the split `test`."""
+    pairs = shortcut_pairs(samples)
+    return {"mu_align": len(outputs[BASE].map_ids), "reliance_true": 0 if pairs is None else len(pairs.classes)}
+
+
+def left_out(*, groups: bool, alignment_masks: bool, pictures: Mapping[str, int]) -> dict[str, str]:
     """What is not measured -> why: nothing is left out without a word.
 
     Args:
-        groups: whether every sample's spurious feature is known. test_masks, alignment_masks: whether the true mask is
-            known of any picture of the split `test` that has one, and of the alignment set.
+        groups: whether every sample's spurious feature is known. alignment_masks: whether the true mask is known in the
+            alignment set. pictures: of `pictures_counted`.
     """
     found = {}
     if not groups:
         why = "the table of samples does not say which pictures hold the spurious feature"
         found = dict.fromkeys(["AGA, WGA and the accuracy of each group", "AUROC of the entropy"], why)
-    if not test_masks:
+    if not pictures["mu_align"]:
         found["μ_align"] = "no true mask of a test picture is known"
+    if not pictures["reliance_true"]:
+        found["reliance, true"] = "no test picture is there with and without the spurious feature"
     if not alignment_masks:
         found["precision and recall of the verdicts"] = "no true mask of the alignment set is known"
     return found

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lvlmva_core.align_settings import Correction
 from lvlmva_core.outputs import BASE, SUBJECT
 
 
@@ -14,7 +15,7 @@ class Method:
     kind: "base"; "penalty": fine-tunes the base model on masks, which `lvlmva_core.controls.MASK_SOURCES` makes for it;
         "retrained": trains anew or refits, by `lvlmva_core/baselines/<name>.py`.
     supervision: what it needs beside class labels. needs: what of it a data set may not have.
-    fixed: settings that make it what it is.
+    fixed: settings that make it what it is. correction: of a penalty, how it corrects (`AlignSettings`).
     """
 
     label: str
@@ -23,6 +24,7 @@ class Method:
     supervision: str
     fixed: Mapping[str, Any] = field(default_factory=dict)
     needs: Literal["groups", "true_masks"] | None = None
+    correction: Correction = "rrr"
 
 
 METHODS: dict[str, Method] = {
@@ -32,6 +34,41 @@ METHODS: dict[str, Method] = {
         "control: random masks", "#d9b38c", "penalty", "which pictures LVLM-VA masks, and how much of each"
     ),
     "random_pictures": Method("control: random pictures", "#ead7c0", "penalty", "area of LVLM-VA's masks"),
+    "class_matched": Method(
+        "control: random pictures, same classes",
+        "#e6c9a8",
+        "penalty",
+        "area of LVLM-VA's masks, and how many lie on each class",
+    ),
+    "flagged_pictures": Method("control: whole flagged pictures", "#c49c6b", "penalty", "which pictures LVLM-VA masks"),
+    "counterexamples_random_masks": Method(
+        "control: counterexamples (extension), random masks",
+        "#f4b6b6",
+        "penalty",
+        "which pictures LVLM-VA masks, and how much of each",
+        correction="counterexamples",
+    ),
+    "counterexamples_class_matched": Method(
+        "control: counterexamples (extension), same classes",
+        "#f9d5d5",
+        "penalty",
+        "area of LVLM-VA's masks, and how many lie on each class",
+        correction="counterexamples",
+    ),
+    "both_random_masks": Method(
+        "control: both (extension), random masks",
+        "#e3b5d9",
+        "penalty",
+        "which pictures LVLM-VA masks, and how much of each",
+        correction="both",
+    ),
+    "both_class_matched": Method(
+        "control: both (extension), same classes",
+        "#f0d4ea",
+        "penalty",
+        "area of LVLM-VA's masks, and how many lie on each class",
+        correction="both",
+    ),
     "jtt": Method("JTT", "#9edae5", "retrained", "none in training; in validation what jtt.rule says"),
     "subg": Method("SUBG (group labels)", "#c5b0d5", "retrained", "group labels in training", needs="groups"),
     "dfr": Method(
@@ -42,6 +79,20 @@ METHODS: dict[str, Method] = {
         needs="groups",
     ),
     SUBJECT: Method("LVLM-VA", "#1f77b4", "penalty", "a description per class; verdicts of the critic"),
+    "lvlm_va_counterexamples": Method(
+        "LVLM-VA, counterexamples (extension)",
+        "#d62728",
+        "penalty",
+        "a description per class; verdicts of the critic",
+        correction="counterexamples",
+    ),
+    "lvlm_va_both": Method(
+        "LVLM-VA, both (extension)",
+        "#b5489b",
+        "penalty",
+        "a description per class; verdicts of the critic",
+        correction="both",
+    ),
     "rrr_gt": Method(
         "RRR with true masks (bound)",
         "#2ca02c",

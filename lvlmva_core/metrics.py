@@ -95,6 +95,57 @@ def reliance_on_rejected(exchanged: ArrayLike) -> float:
     return float((filled - rejected).mean() / scale) if scale > 0 else 0.0
 
 
+def shortcut_effect(contrasts: ArrayLike) -> float:
+    """How much a model relies on the spurious feature itself (an extension): 0 = not at all; scale-free.
+
+    The mean change of the contrast of the class that the feature speaks for, when the feature comes into a picture, as
+    a share of the contrast's standard deviation over the pictures without it. Below 0 where the feature speaks against
+    that class.
+
+    Args:
+        contrasts: (n, 2), of each picture the logit of that class less the mean of the others': with the feature, and
+            without.
+
+    Examples:
+        The feature moves the contrast by 3 where it spreads by 2 without.
+
+        >>> shortcut_effect([[1.0, -2.0], [5.0, 2.0]])
+        1.5
+    """
+    shown, without = np.asarray(contrasts, dtype=np.float64).T
+    return float((shown - without).mean() / max(without.std(), np.finfo(np.float64).tiny))
+
+
+def contrast(logits: ArrayLike, classes: ArrayLike) -> np.ndarray:
+    """The logit of a class less the mean of the others': (n, K), (n,) -> float64 (n,)."""
+    values, chosen = np.asarray(logits, dtype=np.float64), np.asarray(classes)
+    own = values[np.arange(len(values)), chosen]
+    found: np.ndarray = own - (values.sum(axis=1) - own) / (values.shape[1] - 1)
+    return found
+
+
+def best_worst_group(scores: ArrayLike, labels: ArrayLike, spurious: ArrayLike) -> float:
+    """The highest worst-group accuracy that any threshold on a score reaches, of two classes (a diagnostic).
+
+    It is chosen on the very labels that it is measured on: an upper bound, which tells a model that orders the pictures
+    wrongly from one whose threshold is off.
+
+    Args:
+        scores: (n,), higher for class 1. labels: 0 | 1. spurious: bool (n,).
+    """
+    values, positive = np.asarray(scores, dtype=np.float64), np.asarray(labels) == 1
+    levels = np.unique(values)
+    cuts = np.concatenate([levels, [np.inf]])  # class 1 from the cut on
+    accuracies = []
+    for with_feature in (False, True):
+        for of_class in (False, True):
+            group = np.sort(values[(positive == of_class) & (np.asarray(spurious, dtype=bool) == with_feature)])
+            if len(group):
+                below = np.searchsorted(group, cuts, side="left") / len(group)
+                accuracies.append(1 - below if of_class else below)
+    return float(np.min(accuracies, axis=0).max())
+
+
 def verdict_quality(judged_spurious: Sequence[bool], overlapping: Sequence[bool]) -> dict[str, float | int | None]:
     """Precision and recall of verdicts over regions (LVLM-VA §5.4 calls both "verdict accuracy").
 
@@ -151,6 +202,7 @@ class Measured:
     training_shares: a group's name -> its share of the training split.
     maps, masks: attributions float (n, H, W) and true spurious masks bool (n, H, W) of some of the samples, or None.
     exchanged: float (n, 3) as `reliance_on_rejected` takes it, or None.
+    logits: float (N, K), or None. contrasts: float (n, 2) as `shortcut_effect` takes it, or None.
     """
 
     predictions: np.ndarray
@@ -161,6 +213,8 @@ class Measured:
     maps: np.ndarray | None
     masks: np.ndarray | None
     exchanged: np.ndarray | None = None
+    logits: np.ndarray | None = None
+    contrasts: np.ndarray | None = None
 
 
 class Metric(NamedTuple):
@@ -233,3 +287,38 @@ def mu_align(of: Measured) -> float | None:
 def reliance(of: Measured) -> float | None:
     """`reliance_on_rejected`; None where nothing was rejected. An extension; needs no label for the shortcut."""
     return None if of.exchanged is None else reliance_on_rejected(of.exchanged)
+
+
+@metric("reliance, true", tested=True)
+def reliance_true(of: Measured) -> float | None:
+    """`shortcut_effect`; None where no picture is there with and without the feature. An extension."""
+    return None if of.contrasts is None else shortcut_effect(of.contrasts)
+
+
+@metric()
+def wga_best_threshold(of: Measured) -> float | None:
+    """`best_worst_group`; None where groups are not known, or there are not two classes. An extension."""
+    if of.spurious is None or of.logits is None or of.logits.shape[1] != 2:
+        return None
+    return best_worst_group(of.logits[:, 1] - of.logits[:, 0], of.labels, of.spurious)
+
+
+def _auc(of: Measured, chosen: np.ndarray) -> float | None:
+    """Area under the ROC curve of the second class's contrast among the chosen samples, of two classes."""
+    from sklearn.metrics import roc_auc_score
+
+    if of.logits is None or of.logits.shape[1] != 2 or len(np.unique(of.labels[chosen])) < 2:
+        return None
+    return float(roc_auc_score(of.labels[chosen] == 1, (of.logits[:, 1] - of.logits[:, 0])[chosen]))
+
+
+@metric()
+def auc_plain(of: Measured) -> float | None:
+    """How well two classes are told apart at any threshold, among pictures without the feature. An extension."""
+    return None if of.spurious is None else _auc(of, ~of.spurious)
+
+
+@metric()
+def auc_spurious(of: Measured) -> float | None:
+    """The same among pictures with the feature. An extension."""
+    return None if of.spurious is None else _auc(of, of.spurious)

@@ -13,6 +13,8 @@ from lvlmva_core.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
+# a split: the pictures of `test`, each with the spurious feature if it was without, and the other way round
+TWINS = "test_twins"
 COLUMNS = ["id", "split", "label", "spurious", "group", "source", "sha256"]
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -16,6 +17,13 @@ def read_split(images: Path, samples: pd.DataFrame, split: str, device: torch.de
 def read_sample_rows(images: Path, samples: pd.DataFrame, ids: list[str], device: torch.device) -> Split:
     """Samples in the order of `ids`. Raises InputError naming the first that is not there."""
     return _read(images, samples.iloc[rows_of_ids(samples, ids)], device)
+
+
+def read_masked(
+    images: Path, samples: pd.DataFrame, ids: list[str], masks: np.ndarray, device: torch.device
+) -> tuple[Split, torch.Tensor]:
+    """Samples in the order of `ids`, and their masks as a tensor: `lvlmva_core.controls.MaskSet` on a device."""
+    return read_sample_rows(images, samples, ids, device), torch.from_numpy(masks).to(device)
 
 
 def _read(images: Path, chosen: pd.DataFrame, device: torch.device) -> Split:

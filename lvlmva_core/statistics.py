@@ -1,6 +1,6 @@
-"""Spread over seeds, and tests of differences (LVLM-VA §5.2)."""
+"""Spread over seeds, tests of differences (LVLM-VA §5.2), and intervals over bases, seeds and pictures."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -50,3 +50,46 @@ def bootstrap_interval(
     found = [statistic(rows[rng.integers(len(rows), size=len(rows))]) for _ in range(draws)]
     low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def hierarchical_bootstrap(
+    values: np.ndarray, statistic: Callable[[np.ndarray], float], *, seed: int = 0, draws: int = 2000
+) -> np.ndarray:
+    """Draws of a statistic under resampling of bases, of seeds within them, and of test pictures (an extension).
+
+    Bases are drawn with replacement, then for each that was drawn its seeds, and once for all of them the pictures,
+    since every model is measured on the same ones (Saravanan, Berman and Sober 2020 for the nesting; Owen 2007 for
+    models crossed with pictures).
+
+    Args:
+        values: (bases, seeds, pictures, ...), what the statistic needs of each model and picture; of several methods,
+            paired by base and seed, in further axes.
+        statistic: of (bases, seeds, pictures, ...) of the same shape.
+
+    Returns:
+        float64 (draws,).
+    """
+    bases, seeds, pictures = values.shape[:3]
+    rng = np.random.default_rng([seed, 13])
+    found = np.empty(draws)
+    for draw in range(draws):
+        of_bases = rng.integers(bases, size=(bases, 1))
+        of_seeds = rng.integers(seeds, size=(bases, seeds))
+        drawn = rng.integers(pictures, size=pictures)
+        found[draw] = statistic(values[of_bases, of_seeds][:, :, drawn])
+    return found
+
+
+def two_sided_p(draws: np.ndarray) -> float:
+    """Twice the share of draws of a difference on the rarer side of 0; never 0 (Davison and Hinkley 1997)."""
+    n = len(draws)
+    return min(1.0, 2 * (1 + min(int((draws <= 0).sum()), int((draws >= 0).sum()))) / (n + 1))
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """p values adjusted for being a family (Holm 1979): the chance of any false rejection stays below the level."""
+    adjusted, largest = {}, 0.0
+    for place, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
+        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[name]))
+        adjusted[name] = largest
+    return {name: adjusted[name] for name in p_values}

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pandas as pd
-import torch
 
 from lvlmva.entry import run
 from lvlmva.hydrate import open_store
@@ -14,11 +13,11 @@ from lvlmva_core.alignment import align_ensemble
 from lvlmva_core.alignment.selection import best_runs, selection_of, summary_of
 from lvlmva_core.arrays import read_json, read_table, write_json
 from lvlmva_core.compute import set_up_compute
-from lvlmva_core.controls import MASK_SOURCES, Given
+from lvlmva_core.controls import MASK_SOURCES, Given, shares_per_class
 from lvlmva_core.models import load_checkpoint, save_checkpoint, weights_digest
 from lvlmva_core.resume import Resume
-from lvlmva_core.samples import read_known_masks, read_penalised, read_samples
-from lvlmva_core.splits import read_sample_rows, read_split
+from lvlmva_core.samples import read_class_names, read_known_masks, read_penalised, read_samples, rows_of_ids
+from lvlmva_core.splits import read_masked, read_split
 
 
 def align(
@@ -37,40 +36,42 @@ def align(
 ) -> None:
     """Fine-tune the base model on the masks of a method."""
     loaded = load_params(params)
-    compute = loaded.compute
     config = AlignSettings.model_validate(read_json(settings / f"{method}.json"))
-    device = set_up_compute(compute.device, compute.threads)
+    device = set_up_compute(loaded.compute.device, loaded.compute.threads)
     table = read_samples(samples)
     given = Given(
         verdicts=lambda: read_penalised(masks),
         truth=lambda: read_known_masks(spurious_masks, table, read_table(alignment_set, ["id"])["id"].tolist()),
+        labels=lambda ids: table["label"].to_numpy()[rows_of_ids(table, ids)],
     )
     ids, drawn = MASK_SOURCES[method](given, [seed for _, seed in config.runs()])
     training, validation = (read_split(images, table, split, device) for split in ("train", "val"))
-    alignment, corrections = read_sample_rows(images, table, ids, device), torch.from_numpy(drawn).to(device)
+    alignment, corrections = read_masked(images, table, ids, drawn, device)
     classifier, spec = load_checkpoint(base, device, loaded.train.model)
-    selection = selection_of(config, validation, alignment, corrections)
-    splits = (training, alignment, validation)
+    selection = selection_of(config, validation, lambda: read_masked(images, table, *given.verdicts(), device))
     inputs = {
         "config": config.model_dump(),
-        "compute": compute.model_dump(),
+        "compute": loaded.compute.model_dump(),
         "weights": weights_digest(classifier),
-        "tensors": [tensor.cpu().numpy() for split in splits for tensor in (split.images, split.labels)],
+        "tensors": [
+            tensor.cpu().numpy()
+            for split in (training, alignment, validation)
+            for tensor in (split.images, split.labels)
+        ],
         "masks": drawn,
-        "groups": None if selection is None else selection.groups.cpu().numpy(),
+        "selection": None if selection is None else [selection.images.cpu().numpy(), selection.groups.cpu().numpy()],
     }
     resume = Resume(open_store(), inputs, code_files("stages.align"), device)
-    found = align_ensemble(
-        classifier, training, alignment, corrections, validation, config, selection=selection, resume=resume
-    )
-    best = best_runs(found, config)
-    for one in best:
+    data = (training, alignment, corrections, validation)
+    found = align_ensemble(classifier, *data, config, selection=selection, resume=resume)
+    for one in (best := best_runs(found, config)):
         classifier.load_state_dict(one.weights)
         save_checkpoint(models / method / f"seed={one.seed}.safetensors", spec, classifier)
     curves.mkdir(parents=True, exist_ok=True)
-    histories = [one.curve.assign(seed=one.seed) for one in best]
-    pd.concat(histories, ignore_index=True).to_csv(curves / f"{method}.csv", index=False)
-    write_json(method_metrics / f"{method}.json", {method: summary_of(found, config)})
+    history = pd.concat([one.curve.assign(seed=one.seed) for one in best], ignore_index=True)
+    history.to_csv(curves / f"{method}.csv", index=False)
+    counted = shares_per_class(drawn, alignment.table["label"].to_numpy(), read_class_names(images))
+    write_json(method_metrics / f"{method}.json", {method: {**summary_of(found, config), "masks": counted}})
     resume.clear()
 
 

@@ -12,6 +12,7 @@ from lvlmva_core.comparison import (
     left_out,
     measure,
     over_seeds,
+    pictures_counted,
     reliance_intervals,
     tests,
     verdict_summary,
@@ -36,15 +37,13 @@ def compare(
     runs: Path,
 ) -> None:
     """Compare the methods that params name; what others left in the folder is passed over."""
-    loaded = load_params(params)
-    table = read_samples(samples)
-    methods = [BASE, *loaded.methods, *loaded.retrained]
-    outputs = {method: read_outputs(evaluations / f"{method}.safetensors") for method in methods}
-    explained = outputs[BASE].map_ids
-    masks = read_spurious_masks(spurious_masks, rows_of_ids(table, explained))[0] if explained else None
+    loaded, table = load_params(params), read_samples(samples)
+    names = (BASE, *loaded.methods, *loaded.retrained)
+    outputs = {method: read_outputs(evaluations / f"{method}.safetensors") for method in names}
+    explained = rows_of_ids(table, outputs[BASE].map_ids)
+    masks = read_spurious_masks(spurious_masks, explained)[0] if len(explained) else None
     values, per_group = measure(outputs, table, masks)
-    judged = list(read_attrs(segments)["ids"])
-    rows = rows_of_ids(table, judged)
+    rows = rows_of_ids(table, judged := list(read_attrs(segments)["ids"]))
     content: dict[str, Any] = {
         "methods": over_seeds(values),
         "tests": tests(values),
@@ -63,10 +62,12 @@ def compare(
     if groups_known(table):
         of_training = read_table(entropies, ["id", "entropy", "label"])
         spurious = table["spurious"].to_numpy()[rows_of_ids(table, of_training["id"].tolist())]
-        entropy, label = of_training["entropy"].to_numpy(), of_training["label"].to_numpy()
-        content["entropy"] = entropy_summary(entropy, spurious, label)
+        content["entropy"] = entropy_summary(
+            of_training["entropy"].to_numpy(), spurious, of_training["label"].to_numpy()
+        )
     with_masks = content["verdicts"]["samples_with_true_mask"] > 0
-    if absent := left_out(groups=groups_known(table), test_masks=bool(explained), alignment_masks=with_masks):
+    content["pictures"] = pictures_counted(outputs, table)
+    if absent := left_out(groups=groups_known(table), alignment_masks=with_masks, pictures=content["pictures"]):
         content["left_out"] = absent
     write_json(evaluation, content)
     groups.parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,8 @@ from torch.nn import functional
 
 from lvlmva_core.adam import Adam
 from lvlmva_core.alignment.stacked_mlp import StackedMlp
+from lvlmva_core.compute import eval_mode
+from lvlmva_core.counterexamples import Counterexamples, Made, pair_change
 from lvlmva_core.models import predict_logits
 from lvlmva_core.penalties import penalty_of
 
@@ -20,7 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Batches:
-    """What a group of runs learns from; `size` is the number of samples in a batch, I."""
+    """What a group of runs learns from; `size` is the number of samples in a batch, I.
+
+    counterexamples: what one run makes besides, or None.
+    """
 
     images: Tensor
     labels: Tensor
@@ -28,16 +33,18 @@ class Batches:
     alignment_labels: Tensor
     masks: Tensor
     size: int
+    counterexamples: Counterexamples | None = None
 
 
 class Learner(Protocol):
     """R runs that take their steps together."""
 
-    totals: Tensor  # float64 (R, 2): sums over steps of cross-entropy and penalty
+    totals: Tensor  # float64 (R, 3): sums over steps of cross-entropy, penalty, and change of pairs
     optimizer: Adam
 
-    def step(self, rows: Tensor, chosen: Tensor) -> None:
-        """One step of every run on training samples `rows` (R, b) and alignment samples `chosen` (R, a)."""
+    def step(self, rows: Tensor, chosen: Tensor, made: Tensor) -> None:
+        """One step of every run on training samples `rows` (R, b), alignment samples `chosen` (R, a) and
+        counterexamples `made` (R, c, 2), as `Counterexamples.draw` gives them."""
 
     def logits(self, images: Tensor) -> Tensor:
         """(N, C, H, W) -> (R, N, K), in eval mode."""
@@ -53,7 +60,7 @@ class Learner(Protocol):
 
 
 class Single:
-    """One run of any model, by double backward."""
+    """One run of any model, by autograd: double backward for a penalty, counterexamples as they are."""
 
     def __init__(self, model: nn.Module, data: Batches, rrr_lambda: float, settings: "AlignSettings") -> None:
         self.settings = settings
@@ -64,24 +71,34 @@ class Single:
         mixed = settings.precision == "bfloat16"
         self.mixed = torch.autocast(data.images.device.type, torch.bfloat16, enabled=mixed)
         self.optimizer = Adam(self.model.parameters(), settings.learning_rate, fused=True)
-        self.totals = torch.zeros((1, 2), dtype=torch.float64, device=data.images.device)
+        self.totals = torch.zeros((1, 3), dtype=torch.float64, device=data.images.device)
 
-    def step(self, rows: Tensor, chosen: Tensor) -> None:
+    def step(self, rows: Tensor, chosen: Tensor, made: Tensor) -> None:
         data = self.data
         masked_images = data.alignment_images[chosen[0]]
-        targets = torch.cat([data.alignment_labels[chosen[0]], data.labels[rows[0]]])
+        pictures = [masked_images, data.images[rows[0]]]
+        labels = [data.alignment_labels[chosen[0]], data.labels[rows[0]]]
+        found = data.counterexamples.make(made[0]) if data.counterexamples else None
+        if found is not None:
+            pictures += [found.swapped, found.erased]
+            labels += [found.swapped_labels, found.erased_labels]
+        targets = torch.cat(labels)
         self.model.train()
         for module in self.model.modules() if self.settings.batch_norm == "frozen" else ():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
         with self.mixed:
-            logits = self.model(torch.cat([masked_images, data.images[rows[0]]]))
+            logits = self.model(torch.cat(pictures))
             cross_entropy = functional.cross_entropy(logits, targets, reduction="sum") / data.size
             loss = cross_entropy
             penalty = torch.zeros_like(cross_entropy)
             if self.rrr_lambda:
                 penalty = self._penalty(masked_images, chosen[0]).sum() / data.size
                 loss = loss + self.rrr_lambda * penalty
+            change = torch.zeros_like(cross_entropy)
+            if found is not None and data.counterexamples and data.counterexamples.settings.pair_weight:
+                change = self._change(found)
+                loss = loss + data.counterexamples.settings.pair_weight * change
         if self.settings.gamma:
             squares = [parameter.square().sum() for parameter in self.model.parameters()]
             loss = loss + self.settings.gamma * torch.stack(squares).sum()
@@ -90,7 +107,13 @@ class Single:
         if self.settings.max_gradient_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_gradient_norm)
         self.optimizer.step()
-        self.totals += torch.stack([cross_entropy.detach(), penalty.detach()]).double()
+        self.totals += torch.stack([cross_entropy.detach(), penalty.detach(), change.detach()]).double()
+
+    def _change(self, found: Made) -> Tensor:
+        """Mean change of the contrasts between swapped pictures and their twins, in eval mode as the penalty is: what
+        dropout does to one of the two is no effect of the region."""
+        with eval_mode(self.model):
+            return pair_change(*self.model(torch.cat([found.swapped, found.twins])).chunk(2)).mean()
 
     def _penalty(self, images: Tensor, chosen: Tensor) -> Tensor:
         labels = self.data.alignment_labels[chosen]
@@ -134,9 +157,9 @@ class Stack:
         # the gradient of γ Σ θ² is 2 γ θ, which is what Adam calls weight decay; `_clip` adds it itself
         decay = 2 * settings.gamma if settings.max_gradient_norm is None else 0.0
         self.optimizer = Adam(self.stack.parameters(), settings.learning_rate, weight_decay=decay, fused=True)
-        self.totals = torch.zeros((len(lambdas), 2), dtype=torch.float64, device=images.device)
+        self.totals = torch.zeros((len(lambdas), 3), dtype=torch.float64, device=images.device)
 
-    def step(self, rows: Tensor, chosen: Tensor) -> None:
+    def step(self, rows: Tensor, chosen: Tensor, _made: Tensor) -> None:
         data = self.data
         first = len(data.alignment_images)
         places = torch.cat([chosen, rows + first, chosen], dim=1)  # the last ones only make room, see `backward`
@@ -147,7 +170,7 @@ class Stack:
         if self.settings.max_gradient_norm is not None:
             self._clip(self.settings.max_gradient_norm)
         self.optimizer.step()
-        self.totals += torch.stack(losses, dim=1).double()
+        self.totals[:, :2] += torch.stack(losses, dim=1).double()
 
     def _clip(self, longest: float) -> None:
         """What `clip_grad_norm_` does to one model, for each run."""
@@ -186,21 +209,21 @@ class Graphed:
 
     eager_steps = 3
 
-    def __init__(self, step: Callable[[Tensor, Tensor], None], device: torch.device) -> None:
+    def __init__(self, step: Callable[[Tensor, Tensor, Tensor], None], device: torch.device) -> None:
         self.step = step
         self.device = device
         self.calls = 0
-        self.inputs: tuple[Tensor, Tensor] | None = None
+        self.inputs: tuple[Tensor, Tensor, Tensor] | None = None
         self.graph: Any = None
 
-    def __call__(self, rows: Tensor, chosen: Tensor) -> None:
+    def __call__(self, rows: Tensor, chosen: Tensor, made: Tensor) -> None:
         if self.device.type != "cuda":
-            self.step(rows, chosen)
+            self.step(rows, chosen, made)
             return
         if self.inputs is None:
-            self.inputs = rows.clone(), chosen.clone()
-        self.inputs[0].copy_(rows)
-        self.inputs[1].copy_(chosen)
+            self.inputs = rows.clone(), chosen.clone(), made.clone()
+        for kept, given in zip(self.inputs, (rows, chosen, made), strict=True):
+            kept.copy_(given)
         self.calls += 1
         if self.calls <= self.eager_steps:
             side = torch.cuda.Stream(self.device)

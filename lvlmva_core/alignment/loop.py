@@ -1,4 +1,5 @@
-"""RRR fine-tuning: cross-entropy plus a penalty on input gradients inside masks (LVLM-VA §4.4; Ross et al. 2017)."""
+"""Fine-tuning: cross-entropy plus a penalty on input gradients inside masks (LVLM-VA §4.4; Ross et al. 2017), or with
+counterexamples (an extension)."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from lvlmva_core.alignment.learners import Batches, Graphed, Learner, Single, St
 from lvlmva_core.alignment.selection import Selection
 from lvlmva_core.alignment.stacked_mlp import linear_layers
 from lvlmva_core.compute import own_draws
+from lvlmva_core.counterexamples import Counterexamples
 from lvlmva_core.errors import InputError
 from lvlmva_core.penalties import penalty_of
 from lvlmva_core.progress import track
@@ -57,16 +59,22 @@ def align_ensemble(
     selection: Selection | None = None,
     resume: Resume | None = None,
 ) -> list[AlignedRun]:
-    """Fine-tune copies of `model` with the RRR loss and Adam, one for each (λ, seed) of `runs` (LVLM-VA §4.4).
+    """Fine-tune copies of `model` with Adam, one for each (λ, seed) of `runs`: with the RRR loss (LVLM-VA §4.4), with
+    counterexamples, or with both (extensions), as `settings.correction` says.
 
     A batch mixes `alignment_batch` masked samples with `training_batch` training samples (whose masks are empty); both
     come from endless streams that run on across epochs, and an epoch is ceil(N_train / training_batch) steps. Both sums
     of the loss are divided by the size of the whole batch. The penalty's forward runs in eval mode, the
     cross-entropy's in train mode, so that only the latter moves running statistics.
 
+    Counterexamples join the batch with draws of their own (`Counterexamples.draw`), and the loss gets pair_weight times
+    the mean squared change between swapped pictures and their twins, in eval mode too. Without a penalty
+    ("counterexamples") no alignment sample is in the batch as it is.
+
     The streams of a run depend on its seed alone. ReLU MLPs (`stacked_mlp.linear_layers`) are trained several at a time
     with the gradient in closed form, every other model one after the other by double backward: which of the two
-    depends on the model and the penalty only, and the numbers agree up to rounding.
+    depends on the model, the penalty and the correction only, and the numbers agree up to rounding. With
+    counterexamples every model, ReLU MLPs too, is trained one run after the other.
 
     Args:
         training: all training samples, on the model's device. alignment: n samples. validation: scores each epoch.
@@ -79,8 +87,8 @@ def align_ensemble(
 
     Returns:
         In the order of the runs. Curves hold epoch (from 1), cross_entropy and penalty (means over the epoch's
-        steps of both sums of the loss before λ; penalty is 0 where λ is), val_accuracy, and score if there is a
-        `selection`.
+        steps of both sums of the loss before λ; penalty is 0 where λ is), val_accuracy, score if there is a
+        `selection`, and with counterexamples pair_change (mean over steps, before its weight).
 
     Raises:
         InputError: the loss stops being finite, "bfloat16" for a ReLU MLP, or a batch larger than its source.
@@ -96,10 +104,16 @@ def align_ensemble(
         raise ValueError(f"masks must be bool or floating {each}, not {masks.dtype} {tuple(masks.shape)}")
     if masks.is_floating_point() and not bool(((masks >= 0) & (masks <= 1)).all()):
         raise ValueError("masks that are weights must lie in [0, 1]")
-    for name, available in (("alignment_batch", len(alignment.images)), ("training_batch", len(training.images))):
-        if getattr(settings, name) > available:
-            raise InputError(f"{name} is {getattr(settings, name)}, but there are {available} such samples; lower it")
-    layers = linear_layers(model) if penalty_of(settings.penalty).closed_form else None
+    masked, size = settings.batch()
+    for name, wanted, available in (
+        ("alignment_batch", masked, len(alignment.images)),
+        ("training_batch", settings.training_batch, len(training.images)),
+    ):
+        if wanted > available:
+            raise InputError(f"{name} is {wanted}, but there are {available} such samples; lower it")
+    made_like = settings.made_like()
+    in_closed_form = penalty_of(settings.penalty).closed_form and made_like is None
+    layers = linear_layers(model) if in_closed_form else None
     if linear_layers(model) is not None and settings.precision != "float32":
         raise InputError(
             f"precision: a ReLU MLP is trained in float32 only, not {settings.precision}; set it to float32"
@@ -107,13 +121,16 @@ def align_ensemble(
     groups = _groups(len(runs), 1 if layers is None else _stack_size(layers, training.images.device))
     found = []
     for group in groups:
+        of_group = masks if masks.ndim == 3 else masks[group.start : group.stop]
+        one = of_group if masks.ndim == 3 else of_group[0]
         data = Batches(
             training.images,
             training.labels,
             alignment.images,
             alignment.labels,
-            masks if masks.ndim == 3 else masks[group.start : group.stop],
-            settings.alignment_batch + settings.training_batch,
+            of_group,
+            size,
+            Counterexamples(training, alignment, one, made_like) if made_like else None,
         )
         lambdas = [runs[n][0] for n in group]
         learner: Learner
@@ -150,7 +167,7 @@ def _train(
     seeds = list(dict.fromkeys(seed for _, seed in runs))
     n_all, n_masked, skip = len(data.images), len(data.alignment_images), done * steps
     training = {seed: _stream(n_all, settings.training_batch, 2 * seed, skip) for seed in seeds}
-    alignment = {seed: _stream(n_masked, settings.alignment_batch, 2 * seed + 1, skip) for seed in seeds}
+    alignment = {seed: _stream(n_masked, settings.batch()[0], 2 * seed + 1, skip) for seed in seeds}
     step = Graphed(learner.step, device)
     name = f"seed {runs[0][1]}" if len(runs) == 1 else f"{len(runs)} runs"
     for epoch in track(range(done + 1, epochs + 1), f"align, {name}"):
@@ -158,6 +175,9 @@ def _train(
         if not going:
             break
         rows, chosen = (_epoch(streams, steps, runs).to(device) for streams in (training, alignment))
+        made = torch.zeros((steps, len(runs), 0, 2), dtype=torch.int64, device=device)
+        if data.counterexamples:
+            made = data.counterexamples.draw(steps, runs[0][1], epoch)[:, None].to(device)
         learner.totals.zero_()
         with own_draws(device, runs[0][1], epoch):
             for n in range(steps):
@@ -165,7 +185,7 @@ def _train(
                     taken = (epoch - 1) * steps + n
                     rate = settings.learning_rate * (1 - taken / (epochs * steps))
                     learner.optimizer.set_learning_rate(rate)
-                step(rows[n], chosen[n])
+                step(rows[n], chosen[n], made[n])
         totals = learner.totals.tolist()
         for n in going:
             if not all(math.isfinite(total) for total in totals[n]):
@@ -177,6 +197,8 @@ def _train(
         for n in going:
             row = {"epoch": epoch, "cross_entropy": totals[n][0] / steps, "penalty": totals[n][1] / steps}
             row["val_accuracy"] = right[n]
+            if data.counterexamples:
+                row["pair_change"] = totals[n][2] / steps
             if selection is not None and scored is not None:
                 row["score"] = selection.score(scored[n])
                 if patience is None:

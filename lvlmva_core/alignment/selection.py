@@ -1,6 +1,6 @@
 """Which λ, and which epoch: rules over a validation split, and the supervision that each of them needs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -106,12 +106,14 @@ def best_lambda(scores: Mapping[float, Sequence[float]]) -> float:
     return min(scores, key=lambda rrr_lambda: (-float(np.mean(scores[rrr_lambda])), rrr_lambda))
 
 
-def selection_of(settings: "AlignSettings", validation: Split, alignment: Split, masks: Tensor) -> Selection | None:
+def selection_of(
+    settings: "AlignSettings", validation: Split, donors: Callable[[], tuple[Split, Tensor]]
+) -> Selection | None:
     """What the candidates are judged by, or None where nothing is chosen.
 
     Args:
-        masks: bool (n, H, W), or (R, n, H, W) for runs with masks of their own, of which the first run's make the
-            pseudo-groups.
+        donors: gives n alignment samples and what was rejected in them, bool (n, H, W), which make the pseudo-groups:
+            the same for every method, whatever masks it is trained on, lest each be chosen by what it likes.
 
     Raises:
         ValueError: another rule than those of SUPERVISION.
@@ -132,8 +134,8 @@ def selection_of(settings: "AlignSettings", validation: Split, alignment: Split,
         return by_worst_group(images, labels, has_spurious)
     if chosen.rule != "pseudo_group":
         raise ValueError(f"rule '{chosen.rule}': expected one of {', '.join(SUPERVISION)}")
-    donors = masks if masks.ndim == 3 else masks[0]
-    return by_pseudo_group(images, labels, alignment.images, alignment.labels, donors, chosen.seed)
+    alignment, masks = donors()
+    return by_pseudo_group(images, labels, alignment.images, alignment.labels, masks, chosen.seed)
 
 
 def best_runs(runs: "Sequence[AlignedRun]", settings: "AlignSettings") -> "list[AlignedRun]":
@@ -155,8 +157,11 @@ def summary_of(runs: "Sequence[AlignedRun]", settings: "AlignSettings") -> dict[
     summary: dict[str, Any] = {
         "val_accuracy": _over_seeds(best)["val_accuracy"],
         "rrr_lambda": {"inputs_0_to_1": rrr_lambda, "inputs_0_to_255": rrr_lambda * 255**2},
-        "penalty": settings.penalty,
     }
+    if settings.correction != "counterexamples":
+        summary["penalty"] = settings.penalty
+    if made_like := settings.made_like():
+        summary |= {"correction": f"{settings.correction} (an extension)", "counterexamples": made_like.model_dump()}
     if settings.selection is not None:
         summary["selection"] = {
             "rule": settings.selection.rule,

@@ -15,6 +15,7 @@ from lvlmva_core.datasets.balance import choose_per_group, shares_to_counts
 from lvlmva_core.datasets.pictures import inside, opened, read_csv, read_picture
 from lvlmva_core.datasets.settings import PrepareSettings
 from lvlmva_core.errors import InputError
+from lvlmva_core.samples import TWINS
 from lvlmva_core.settings import Count, Settings, Share
 
 CLASSES = ["healthy", "arthritic"]
@@ -59,7 +60,8 @@ def knee(root: Path, config: Knee, size: int, seed: int) -> Dataset:
     `manifest.csv` lies beside (columns split, kl_grade, file, patient, side, sha256, inverted), it says what there is
     and every file is compared with its digest. In train the marker stands on `tag_share_healthy` and
     `tag_share_arthritic` of the classes; in test on half of each, in val as `val_groups` says. The letter is the knee's
-    side.
+    side. A further split, `test_twins`, shows the knees of test with a marker where there they have none, and without
+    where there they have one.
 
     Raises:
         InputError: files are missing or damaged, a patient is in two splits, or a split has too few pictures.
@@ -90,7 +92,11 @@ def knee(root: Path, config: Knee, size: int, seed: int) -> Dataset:
             )
             chosen += [*picked[0], *picked[1]]
             tagged += [False] * len(picked[0]) + [True] * len(picked[1])
-    rows, has_tag = np.array(chosen), np.array(tagged)
+    splits = table["split"].to_numpy()[chosen]
+    twins = np.flatnonzero(splits == "test")
+    rows = np.concatenate([chosen, np.array(chosen)[twins]])
+    has_tag = np.concatenate([tagged, ~np.array(tagged)[twins]])
+    splits = np.concatenate([splits, np.full(len(twins), TWINS)])
     table, pictures = table.iloc[rows].reset_index(drop=True), pictures[rows]
     masks = np.zeros((len(rows), size, size), dtype=bool)
     for row in np.flatnonzero(has_tag):
@@ -101,8 +107,8 @@ def knee(root: Path, config: Knee, size: int, seed: int) -> Dataset:
         "knee",
         CLASSES,
         FEATURE,
-        ids=[f"{split}-{Path(file).stem}" for split, file in zip(table["split"], table["file"], strict=True)],
-        split=table["split"].to_numpy(),
+        ids=[f"{split}-{Path(file).stem}" for split, file in zip(splits, table["file"], strict=True)],
+        split=splits,
         label=label[rows],
         spurious=has_tag,
         source=table["path"].tolist(),

@@ -12,6 +12,7 @@ from lvlmva_core.datasets.balance import choose_per_group, shares_to_counts
 from lvlmva_core.datasets.pictures import inside, opened, read_coverage, read_csv, read_picture
 from lvlmva_core.datasets.settings import PrepareSettings
 from lvlmva_core.errors import InputError
+from lvlmva_core.samples import TWINS
 from lvlmva_core.settings import Count, Settings, Share
 
 CLASSES = ["benign", "malignant"]
@@ -65,7 +66,8 @@ def skin(root: Path, config: Skin, size: int, seed: int) -> Dataset:
     bandage and lays bandages cut from them at the edges of others, in both classes alike, so that the paste itself
     tells nothing; a bandage is used in one split only. In train they lie on `bandage_share_benign` and
     `bandage_share_malignant` of the classes, in test on half of each (real: of the benign), in val as `val_groups`
-    says.
+    says. With `pasted`, a further split, `test_twins`, shows the pictures of test with a bandage where there they have
+    none, and without where there they have one.
 
     Raises:
         InputError: files are missing or damaged, or there are too few pictures or bandages.
@@ -81,6 +83,10 @@ def skin(root: Path, config: Skin, size: int, seed: int) -> Dataset:
         label = (table["label"] == "malignant").to_numpy().astype(np.int64)
         flagged = (table["bandage"] == "1").to_numpy()
         rows, split, wanted = _chosen(config, label, flagged, seed)
+        if config.bandages == "pasted":
+            twins = np.flatnonzero(split == "test")
+            rows, wanted = np.concatenate([rows, rows[twins]]), np.concatenate([wanted, ~wanted[twins]])
+            split = np.concatenate([split, np.full(len(twins), TWINS)])
         pictures = np.stack([read_picture(inside(folder, f"images/{ids[row]}.jpg"), size, colour=True) for row in rows])
         lesions = np.stack([_mask_of(folder, "lesion_masks", ids[row], size) for row in rows]) >= 0.5
         masks = np.zeros(lesions.shape, dtype=bool)
@@ -89,7 +95,7 @@ def skin(root: Path, config: Skin, size: int, seed: int) -> Dataset:
             donors = _donors(folder, [name for name, has in zip(ids, flagged, strict=True) if has], size, seed)
             for place in np.flatnonzero(wanted):
                 rng = np.random.default_rng([seed, 2, zlib.crc32(ids[rows[place]].encode())])
-                own = donors[split[place]]
+                own = donors["test" if split[place] == TWINS else split[place]]
                 bandage, coverage = own[int(rng.integers(len(own)))]
                 pictures[place], masks[place] = add_bandage(pictures[place], bandage, coverage, lesions[place], rng)
         else:

@@ -8,6 +8,7 @@ from lvlmva_core.methods import METHODS, in_order
 from lvlmva_core.metrics import METRICS
 from lvlmva_core.outputs import BASE, SUBJECT
 from lvlmva_core.report.page import Table
+from lvlmva_core.samples import TWINS
 
 UNDECIDED = {
     "ties": "ties, where the critic's stands",
@@ -17,6 +18,8 @@ SPLITS = {
     "test_agreeing": "accuracy, decoy as in training",
     "test_plain": "accuracy, no decoy",
 }
+
+OF_CRITIC = "verdicts of the critic"
 
 
 def judged_by(content: Mapping[str, Any]) -> str:
@@ -36,7 +39,7 @@ def judged_by(content: Mapping[str, Any]) -> str:
 def before_and_after(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Column names and rows of the table of methods, from the content of metrics/evaluate.json."""
     extra = sorted(
-        {split for measured in content["methods"].values() for split in measured if split.startswith("test_")}
+        {split for measured in content["methods"].values() for split in measured if split.startswith("test_")} - {TWINS}
     )
     measured_at_all = {metric for measured in content["methods"].values() for metric in measured["test"]}
     headings = {
@@ -78,8 +81,10 @@ def significance(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
 
 
 def supervision(content: Mapping[str, Any]) -> list[str]:
-    """What each method of the table needs beside class labels, in the order of the rows."""
-    return [METHODS[name].supervision for name in in_order(content["methods"])]
+    """What each method of the table had beside class labels in this run, in the order of the rows."""
+    # what an oracle says is drawn from the true masks, whoever is asked for verdicts
+    verdicts = f"{OF_CRITIC} (here drawn from true masks)" if "oracle" in content["verdicts"]["critic"] else OF_CRITIC
+    return [METHODS[name].supervision.replace(OF_CRITIC, verdicts) for name in in_order(content["methods"])]
 
 
 def verdict_table(verdicts: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -212,7 +217,15 @@ def _note(content: Mapping[str, Any]) -> str:
     if "aga" in measured:
         terms += ["AGA is the plain mean over groups", "WGA the worst group"]
     if "mu_align" in measured:
-        terms.append(f"μ_align {'' if terms else 'is '}one minus the share of attribution on the spurious feature")
+        terms.append(
+            f"μ_align {'' if terms else 'is '}one minus the share of attribution on the spurious feature, on "
+            f"{content['pictures']['mu_align']} pictures that have it"
+        )
+    if "reliance_true" in measured:
+        terms.append(
+            "'reliance, true' how far the feature moves the contrast of the class that it speaks for, in standard "
+            f"deviations of the contrast, on {content['pictures']['reliance_true']} pictures with and without it"
+        )
     bound = (
         "RRR with true masks knows what LVLM-VA does not: it is the bound. " if "rrr_gt" in content["methods"] else ""
     )

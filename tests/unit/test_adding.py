@@ -209,7 +209,9 @@ def test_a_control_inherits_and_makes_its_masks(tmp_path: Path) -> None:
     masks = np.zeros((8, 8, 8), dtype=bool)
     masks[:, :, 0] = True
     given = Given(
-        lambda: (["a"] * 8, masks), lambda: (_ for _ in ()).throw(AssertionError("the truth is not asked for"))
+        lambda: (["a"] * 8, masks),
+        lambda: (_ for _ in ()).throw(AssertionError("the truth is not asked for")),
+        lambda ids: np.zeros(len(ids), dtype=np.int64),
     )
     _, made = MASK_SOURCES["mirrored_masks"](given, [0])
     assert made[:, :, -1].all()

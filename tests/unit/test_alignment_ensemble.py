@@ -208,11 +208,11 @@ def _count_steps(monkeypatch: pytest.MonkeyPatch, die_after: float = math.inf) -
     """Count the steps that are taken from now on; the one after `die_after` is not taken any more."""
     taken, graphed = [0], learners.Graphed.__call__
 
-    def counted(self: Any, rows: Tensor, chosen: Tensor) -> None:
+    def counted(self: Any, *batch: Tensor) -> None:
         if taken[0] >= die_after:
             raise _KilledError("killed")
         taken[0] += 1
-        graphed(self, rows, chosen)
+        graphed(self, *batch)
 
     monkeypatch.setattr(learners.Graphed, "__call__", counted)
     return taken

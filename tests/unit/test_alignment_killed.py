@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
-from lvlmva_core.arrays import read_json, write_table
+from lvlmva_core.arrays import read_json, write_arrays, write_table
 from lvlmva_core.models import ModelSpec, build_model, save_checkpoint
 from lvlmva_core.samples import read_images, read_samples
 from stages.prepare import prepare
@@ -39,6 +39,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     samples = read_samples(folder / "samples.parquet")
     chosen = samples[samples["split"] == "train"][["id"]].iloc[:64]
     write_table(folder / "alignment_set.parquet", chosen)
+    verdicts = np.zeros((64, 28, 28), dtype=bool)
+    verdicts[:, :5] = True  # the donors that every method is chosen by
+    write_arrays(folder / "verdicts.zarr", {"masks": verdicts}, {"ids": chosen["id"].tolist()})
     channels, height, width = read_images(folder / "images.zarr", np.array([0])).shape[1:]
     spec = ModelSpec("mlp", channels, height, width, 10, 64)
     save_checkpoint(folder / "base.safetensors", spec, build_model(spec, seed=0))
@@ -57,7 +60,7 @@ def _start(inputs: Path, out: Path, store: Path) -> subprocess.Popen[str]:
         "alignment-set": inputs / "alignment_set.parquet",
         "spurious-masks": inputs / "masks.zarr",
         "settings": inputs / "settings",
-        "masks": inputs / "masks.zarr",
+        "masks": inputs / "verdicts.zarr",
         "base": inputs / "base.safetensors",
         "models": out / "models",
         "method-metrics": out,

@@ -31,7 +31,7 @@ def _selection() -> Any:
     settings = AlignSettings(rrr_lambda=1.0, learning_rate=1.0, epochs=1, seeds=[0]).model_copy(
         update={"selection": chosen}
     )
-    return selection_of(settings, SPLIT, SPLIT, torch.zeros(1, 2, 2, dtype=torch.bool))
+    return selection_of(settings, SPLIT, lambda: (SPLIT, torch.zeros(1, 2, 2, dtype=torch.bool)))
 
 
 def _oracle() -> Any:

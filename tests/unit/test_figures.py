@@ -15,7 +15,7 @@ from lvlmva_core.errors import InputError
 from lvlmva_core.report.chain import chain_figure
 from lvlmva_core.report.figures import differences_figure, outcome_figure, sweep_figure
 from lvlmva_core.report.panel import panel_of
-from lvlmva_core.report.tables import before_and_after
+from lvlmva_core.report.tables import before_and_after, supervision
 
 
 def test_differences_are_drawn_with_a_star_where_they_are_significant() -> None:
@@ -116,6 +116,14 @@ def test_a_sweep_is_printed_with_the_columns_that_were_asked_for(
     assert (tmp_path / "sweep.png").stat().st_size > 0
     with pytest.raises(InputError, match=r"no column 'rank\.share'; its first line"):
         read_experiments(file, "rank.strategy", ["rank.share"])
+
+
+def test_supervision_says_what_was_used_in_this_run() -> None:
+    methods: dict[str, dict[str, float]] = {"base": {}, "lvlm_va": {}, "lvlm_va_counterexamples": {}}
+    for critic, said in (("oracle", "verdicts of the critic (here drawn from true masks)"), ("rules", "of the critic")):
+        found = supervision({"methods": methods, "verdicts": {"critic": [critic]}})
+        assert found[0] == "none"
+        assert all(row.endswith(said) for row in found[1:])
 
 
 def test_one_seed_has_no_spread_in_the_table() -> None:

@@ -12,6 +12,7 @@ from lvlmva_core.datasets import Dataset
 from lvlmva_core.datasets.knee import JOINT_ROWS, Knee, KneePrepare, add_tag, is_negative
 from lvlmva_core.datasets.pictures import inside, read_picture
 from lvlmva_core.errors import InputError
+from lvlmva_core.samples import TWINS
 from tests.data import needs_data
 
 ARCHIVE = "knee_kl0_kl3_800each.tar"
@@ -61,11 +62,27 @@ def test_rates_and_groups_are_what_the_settings_say(root: Path) -> None:
         ("train", 1, False): 18,
         ("train", 1, True): 2,
         **{("val", k, s): 2 for k in (0, 1) for s in (False, True)},
-        **{("test", k, s): 3 for k in (0, 1) for s in (False, True)},
+        **{(split, k, s): 3 for split in ("test", TWINS) for k in (0, 1) for s in (False, True)},
     }
-    assert data.images.shape == (60, 1, 40, 40)
+    assert data.images.shape == (72, 1, 40, 40)
     assert data.known.all()
     np.testing.assert_array_equal(data.spurious_masks.any(axis=(1, 2)), data.samples["spurious"])
+
+
+def test_twins_are_the_test_knees_with_the_marker_there_or_gone(root: Path) -> None:
+    data = _prepare(root)
+    split, has = data.samples["split"].to_numpy(), data.samples["spurious"].to_numpy()
+    twin_of = {source: row for row, source in enumerate(data.samples["source"]) if split[row] == TWINS}
+    rows = np.flatnonzero(split == "test")
+    assert len(twin_of) == len(rows) == 12
+    for row in rows:
+        twin = twin_of[data.samples["source"][row]]
+        assert has[twin] != has[row]
+        assert data.samples["label"][twin] == data.samples["label"][row]
+        differ = (data.images[twin] != data.images[row]).any(axis=0)
+        mask = data.spurious_masks[row] | data.spurious_masks[twin]
+        assert differ.any()
+        assert not (differ & ~mask).any()
 
 
 def test_only_the_pixels_of_the_mask_differ_from_the_radiograph(root: Path) -> None:
@@ -231,7 +248,8 @@ def test_the_real_set_at_the_size_of_the_paper(data_root: Path) -> None:
         "arthritic/spurious": 2,
     }
     assert (data.samples[data.samples["split"] == "test"].groupby("group").size() == 75).all()
-    patients = data.samples.assign(patient=data.samples["id"].str.extract(r"-(\d+)[LR]$", expand=False))
+    own = data.samples[data.samples["split"] != TWINS]
+    patients = own.assign(patient=own["id"].str.extract(r"-(\d+)[LR]$", expand=False))
     assert (patients.groupby("patient")["split"].nunique() == 1).all()
     joint = slice(int(JOINT_ROWS[0] * 64), int(np.ceil(JOINT_ROWS[1] * 64)))
     assert not data.spurious_masks[:, joint].any()

@@ -14,7 +14,7 @@ LAYERS = [
     ["samples", "corruptions", "regions", "independence", "overrides"],
     ["datasets"],
     ["adam", "models", "efficientnet_lite", "foreign", "splits", "training", "resume"],
-    ["ranking", "exchange"],
+    ["ranking", "exchange", "counterexamples"],
     ["attribution", "attribution_methods", "attribution_maps"],
     ["segmentation", "segmenters", "segmentations", "render"],
     ["lvlm"],
@@ -24,6 +24,7 @@ LAYERS = [
     ["outputs", "evaluation", "classifier_check", "export", "audit"],
     ["comparison"],
     ["methods"],
+    ["study"],
     ["report"],
     ["testing"],
 ]

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from lvlmva_core.datasets import Dataset
 from lvlmva_core.datasets.skin import Skin, SkinPrepare, add_bandage
 from lvlmva_core.errors import InputError
+from lvlmva_core.samples import TWINS
 from tests.data import needs_data
 
 ARCHIVE = "skin_isic2018_224.tar"
@@ -62,12 +63,12 @@ def test_rates_and_groups_are_what_the_settings_say(root: Path) -> None:
         ("train", 1, False): 9,
         ("train", 1, True): 1,
         **{("val", k, s): 2 for k in (0, 1) for s in (False, True)},
-        **{("test", k, s): 3 for k in (0, 1) for s in (False, True)},
+        **{(split, k, s): 3 for split in ("test", TWINS) for k in (0, 1) for s in (False, True)},
     }
     assert data.known.all()
     assert data.object_masks is not None
     assert (data.object_masks.sum(axis=(1, 2)) == 64).all()
-    assert not data.samples["source"].duplicated().any()
+    assert not data.samples.loc[data.samples["split"] != TWINS, "source"].duplicated().any()
     pasted_on = {int(source[-7:-4]) for source in data.samples["source"]}
     assert min(pasted_on) >= N_DONORS + 8  # no picture that shows a bandage of its own
 
@@ -88,6 +89,21 @@ def test_bandages_are_pasted_into_both_classes_alike_and_none_is_in_two_splits(r
     assert not donors_of["train"] & donors_of["test"]
     assert not donors_of["train"] & donors_of["val"]
     assert not donors_of["val"] & donors_of["test"]
+    assert not donors_of[TWINS] & (donors_of["train"] | donors_of["val"])
+
+
+def test_twins_are_the_test_pictures_with_the_bandage_there_or_gone(root: Path) -> None:
+    data = _prepare(root)
+    split, has = data.samples["split"].to_numpy(), data.samples["spurious"].to_numpy()
+    twin_of = {source: row for row, source in enumerate(data.samples["source"]) if split[row] == TWINS}
+    assert len(twin_of) == (split == "test").sum() == 12
+    for row in np.flatnonzero(split == "test"):
+        twin = twin_of[data.samples["source"][row]]
+        assert has[twin] != has[row]
+        assert data.samples["label"][twin] == data.samples["label"][row]
+        differ = (data.images[twin] != data.images[row]).any(axis=0)
+        assert differ.any()
+        assert not (differ & ~(data.spurious_masks[row] | data.spurious_masks[twin])).any()
 
 
 def _donor(data: Dataset, row: int, root: Path) -> int:
