@@ -93,11 +93,10 @@ def test_what_nothing_hangs_on_is_not_asked_about_and_not_rejected(
     assert (metrics["regions_not_asked"], metrics["samples_not_asked"], metrics["critic_calls_saved"]) == (gone, 2, 2)
     assert metrics["samples_judged"] == COUNT
 
-    header = folder / "overrides.csv"
-    header.write_text("sample,segmentation,region,verdict\n", encoding="utf-8")
+    (overrides := folder / "overrides").mkdir()
     data = folder / "data"
     out = (data / "masks.zarr", folder / "mask.json")
-    mask(Path("params.yaml"), data / "segments.zarr", data / "verdicts.jsonl", header, *out)
+    mask(Path("params.yaml"), data / "segments.zarr", data / "verdicts.jsonl", overrides, *out)
     wanted = [~np.isin(each, sorted(left.get(n, set()))) for n, each in enumerate(segments)]
     np.testing.assert_array_equal(read_array(data / "masks.zarr", "masks"), np.stack(wanted))
 

@@ -24,7 +24,7 @@ def _metrics(here: Path) -> dict[str, Any]:
 
 def _assert_votes_weigh_masks(here: Path) -> None:
     """The stage mask, soft and hard, against a count of the answers in each row, pixel by pixel."""
-    (here / "overrides.csv").write_text("sample,segmentation,region,verdict\n")
+    (here / "overrides").mkdir()
     files = {name: here / f"{name}.json" for name in ("soft", "hard")}
     params = here / "params.yaml"
     text = params.read_text()
@@ -35,7 +35,7 @@ def _assert_votes_weigh_masks(here: Path) -> None:
         with params.open("w") as file:
             yaml.dump(content, file)
         data = here / "data"
-        given = (params, data / "segments.zarr", data / "verdicts.jsonl", here / "overrides.csv")
+        given = (params, data / "segments.zarr", data / "verdicts.jsonl", here / "overrides")
         mask(*given, here / f"{name}.zarr", files[name])
     params.write_text(text)
     ids, weights = read_penalised(here / "soft.zarr")
