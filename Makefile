@@ -30,7 +30,7 @@ test: $(STAMP) ## lint, type-check and run all tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -n 2 --dist loadscope
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 api: $(STAMP) ## build the API reference from the docstrings into build/api
 	$(BIN)/python -W error -m pdoc --docformat google --output-directory build/api lvlmva_core

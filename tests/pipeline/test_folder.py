@@ -77,6 +77,7 @@ def test_from_bad_files_to_a_report_without_groups_or_masks(project: Project) ->
         "AUROC of the entropy",
         "μ_align",
         "precision and recall of the verdicts",
+        "reliance, true",
     }
     assert content["methods"]["lvlm_va"]["test"].keys() == {"accuracy", "reliance"}  # neither needs groups or masks
     assert "entropy" not in content
@@ -101,7 +102,7 @@ def test_with_groups_and_without_masks(project: Project) -> None:
     project.set_params({"retrained": {"dfr": DFR, "subg": {"epochs": 1}}})
     assert "report" in project.repro()
     content = json.loads((project.folder / "metrics/evaluate.json").read_text(), parse_constant=_no_nan)
-    assert set(content["left_out"]) == {"μ_align", "precision and recall of the verdicts"}
+    assert set(content["left_out"]) == {"μ_align", "precision and recall of the verdicts", "reliance, true"}
     assert {"accuracy", "aga", "wga"} <= content["methods"]["dfr"]["test"].keys()
     groups = pd.read_csv(project.folder / "metrics/groups.csv")
     table = pd.read_parquet(project.folder / "data/samples.parquet")
