@@ -86,7 +86,7 @@ def test_from_bad_files_to_a_report_without_groups_or_masks(project: Project) ->
     for what in content["left_out"]:
         assert what in page
     said = re.sub(r'src="data:[^"]*"', "", page.split("<pre>")[0])
-    for absent in ("WGA the worst", "Verdicts against", "with and without the spurious feature"):
+    for absent in ("WGA the worst", "Verdicts against", "training samples with and without the spurious feature"):
         assert absent not in said
     assert not re.search(r"\b(nan|none|null)\b", said.lower())
     assert not (project.folder / "reports/entropy.png").exists()
