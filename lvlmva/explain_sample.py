@@ -11,7 +11,7 @@ import typer
 
 from lvlmva.pipeline import paths
 from lvlmva_core.errors import InputError
-from lvlmva_core.regions import Overlay
+from lvlmva_core.regions import Overlay, attribution_shares, segmentation_digest
 
 
 @dataclass
@@ -86,7 +86,6 @@ def read_chain(sample: str, known: dict[str, Path]) -> Chain:
     """
     from lvlmva_core.arrays import read_attrs, read_table
     from lvlmva_core.lvlm.records import CritiqueRow, VerdictRow
-    from lvlmva_core.regions import regions_present
     from lvlmva_core.render import COLOUR_NAMES
     from lvlmva_core.samples import read_class_names, read_images, read_samples
 
@@ -127,17 +126,16 @@ def read_chain(sample: str, known: dict[str, Path]) -> Chain:
         if verdict.not_asked is not None and verdict.failure is None:
             verdicts |= {each.region: "yes (not asked)" for each in verdict.not_asked.regions}
     if chain.segments is not None:
-        positive = np.maximum(chain.before, 0) if chain.before is not None else np.zeros(chain.segments.shape)
-        total = float(positive.sum()) or 1.0
+        before = chain.before if chain.before is not None else np.zeros(chain.segments.shape)
         chain.regions = [
             {
                 "region": region,
                 "colour": COLOUR_NAMES[region],
-                "attribution": float(positive[chain.segments == region].sum()) / total,
+                "attribution": share,
                 "area": float((chain.segments == region).mean()),
                 "verdict": verdicts.get(region),
             }
-            for region in regions_present(chain.segments)
+            for region, share in attribution_shares(before, chain.segments).items()
         ]
     weighed = known["masks"].exists() and read_attrs(known["masks"]).get("weights")
     chain.mask = _row(chain, known["masks"], "weights" if weighed else "masks", "mask")
@@ -175,16 +173,10 @@ def _record(chain: Chain, path: Path, kind: Any, stage: str) -> Any:
     if not rows:
         chain.lacking.append(f"{path}: holds no '{chain.sample}'; run `dvc repro {stage}`")
         return None
-    if chain.segments is not None and rows[0].segmentation != _digest(chain.segments):
+    if chain.segments is not None and rows[0].segmentation != segmentation_digest(chain.segments):
         chain.lacking.append(f"{path}: is of another segmentation of the sample; run `dvc repro {stage}`")
         return None
     return rows[0]
-
-
-def _digest(segments: np.ndarray) -> str:
-    from lvlmva_core.regions import segmentation_digest
-
-    return segmentation_digest(segments)
 
 
 def _shown(line: str) -> str:

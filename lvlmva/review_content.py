@@ -12,8 +12,8 @@ from lvlmva_core.errors import InputError
 from lvlmva_core.independence import typical_size
 from lvlmva_core.lvlm.offline import is_stand_in
 from lvlmva_core.lvlm.records import CritiqueRow, VerdictRow, read_rows
-from lvlmva_core.regions import regions_present, segmentation_digest
-from lvlmva_core.render import PALETTE, enlarge, render_image, render_overlay, to_png
+from lvlmva_core.regions import attribution_shares, segmentation_digest
+from lvlmva_core.render import PALETTE, attribution_limit, enlarge, render_image, render_overlay, to_png
 from lvlmva_core.samples import read_class_names, read_images, read_samples, rows_of_ids
 
 Kind = Literal["image", "attribution", "overlay"]
@@ -159,7 +159,7 @@ def read_content(known: dict[str, Path]) -> Content:
         [float(entropies[sample]) for sample in ids],
         label_maps,
         digests,
-        [_shares(effect, label_map) for effect, label_map in zip(maps, label_maps, strict=True)],
+        [attribution_shares(effect, label_map) for effect, label_map in zip(maps, label_maps, strict=True)],
         reliance,
         _rows(known["critiques"], CritiqueRow),
         _rows(known["verdicts"], VerdictRow),
@@ -177,18 +177,11 @@ def _rows(path: Path, kind: Any) -> dict[str, Any]:
     return {row.sample: row for row in read_rows(path, kind)} if path.exists() else {}
 
 
-def _shares(attribution: np.ndarray, label_map: np.ndarray) -> dict[int, float]:
-    positive = np.maximum(attribution.astype(np.float64), 0)
-    held = np.bincount(label_map.ravel(), weights=positive.ravel(), minlength=256)
-    total = float(positive.sum()) or 1.0
-    return {region: float(held[region]) / total for region in regions_present(label_map)}
-
-
 def _signed(attribution: np.ndarray) -> np.ndarray:
     """Blue below, white at, red above zero: uint8 (H, W, 3)."""
     from matplotlib import colormaps
 
-    scale = float(np.percentile(np.abs(attribution), 99.5)) or 1.0
+    scale = attribution_limit(attribution)
     level = np.clip(attribution / (2 * scale) + 0.5, 0, 1)
     return np.asarray(np.rint(colormaps["RdBu_r"](level)[..., :3] * 255), dtype=np.uint8)
 

@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
+from lvlmva_core.independence import typical_size
+
 
 def group_accuracies(predictions: ArrayLike, labels: ArrayLike, spurious: ArrayLike) -> pd.DataFrame:
     """Accuracy of each group, a group being a class with or without the spurious feature (LVLM-VA §5).
@@ -91,7 +93,7 @@ def reliance_on_rejected(exchanged: ArrayLike) -> float:
             filled from its own class (`lvlmva_core.exchange.run_trial`).
     """
     before, rejected, filled = np.asarray(exchanged, dtype=np.float64).T
-    scale = np.sqrt((before**2).mean())
+    scale = typical_size(before)
     return float((filled - rejected).mean() / scale) if scale > 0 else 0.0
 
 

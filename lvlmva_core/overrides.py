@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from lvlmva_core.errors import InputError
+from lvlmva_core.store import sync_folder
 
 Verdict = Literal["yes", "no", "unsure"]
 Said = Literal["yes", "no", "unsure", "undo"]
@@ -347,8 +348,4 @@ def _write(path: Path, events: Sequence[Event]) -> None:
         file.flush()
         os.fsync(file.fileno())
     building.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name, too
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)  # the new name, too

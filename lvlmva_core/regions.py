@@ -23,6 +23,21 @@ def segmentation_digest(segments: np.ndarray) -> str:
     return hashlib.sha256(f"{array.shape}".encode() + array.tobytes()).hexdigest()
 
 
+def attribution_shares(attribution: np.ndarray, segments: np.ndarray) -> dict[int, float]:
+    """π_j, each present region's share of the positive attribution, in rising order of regions.
+
+    Args:
+        attribution: float (H, W). segments: uint8 (H, W); 255 = none.
+
+    Returns:
+        In [0, 1]; all 0 where there is no positive attribution. Pixels of no region count in the total.
+    """
+    positive = np.maximum(attribution.astype(np.float64), 0.0)
+    held = np.bincount(segments.ravel(), weights=positive.ravel(), minlength=NO_REGION + 1)
+    total = float(positive.sum()) or 1.0
+    return {region: float(held[region]) / total for region in regions_present(segments)}
+
+
 def overlaps(
     segments: np.ndarray, spurious_mask: np.ndarray, attribution: np.ndarray, rule: Overlap
 ) -> dict[int, bool]:

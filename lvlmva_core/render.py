@@ -89,6 +89,12 @@ def render_overlay(
     return _draw_outlines(enlarge(blended), enlarge(segments))  # blended small: the same pixels for less work
 
 
+def attribution_limit(attribution: np.ndarray) -> float:
+    """Where the colours of an attribution, float (H, W), end on both sides of zero: the 99.5th percentile of its
+    magnitude; 1 where that is 0."""
+    return float(np.percentile(np.abs(attribution), 99.5)) or 1.0
+
+
 def to_png(picture: np.ndarray) -> bytes:
     """uint8 (H, W, 3) -> PNG bytes without metadata, the same for the same picture and Pillow."""
     buffer = io.BytesIO()

@@ -127,7 +127,7 @@ class Store:
                     os.link(temporary, path)
             except FileExistsError:
                 return False
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         except OSError as error:
             raise _not_writable(path, error) from error
         finally:
@@ -278,7 +278,8 @@ def _decode_arrays(content: bytes, kind: str, key: str) -> dict[str, np.ndarray]
     return arrays
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make names that were put into a folder durable, as fsync does for a file's content."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from lvlmva_core.regions import NO_REGION
+from lvlmva_core.regions import attribution_shares
 
 Rule = Literal["majority", "unanimous"]
 
@@ -148,12 +148,7 @@ def largest_reliance(attribution: np.ndarray, segments: np.ndarray) -> float:
     Returns:
         In [0, 1]; 0 where there is no positive attribution or no region.
     """
-    positive = np.clip(attribution.astype(np.float64), 0.0, None)
-    total = float(positive.sum())
-    if total == 0.0:
-        return 0.0
-    regions = segments != NO_REGION
-    return float(np.bincount(segments[regions], positive[regions], minlength=1).max()) / total
+    return max(attribution_shares(attribution, segments).values(), default=0.0)
 
 
 def why_further(

@@ -8,7 +8,14 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from lvlmva_core.regions import Overlay
-from lvlmva_core.render import COLOUR_NAMES, PALETTE, render_image, render_overlay, render_segmentation
+from lvlmva_core.render import (
+    COLOUR_NAMES,
+    PALETTE,
+    attribution_limit,
+    render_image,
+    render_overlay,
+    render_segmentation,
+)
 
 LINES = 40  # of the critique that are drawn
 
@@ -30,7 +37,7 @@ def chain_figure(
         critique: the critic's text. who: critic and judge by name. overlay: as the critic was shown it.
     """
     before, after, segments, mask = (parts[name] for name in ("before", "after", "segments", "mask"))
-    scale = 1.0 if before is None else float(np.percentile(np.abs(before), 99.5)) or 1.0
+    scale = 1.0 if before is None else attribution_limit(before)
     signed = {"cmap": "RdBu_r", "vmin": -scale, "vmax": scale, "interpolation": "nearest"}
     drawn: list[tuple[str, np.ndarray | None, dict[str, Any]]] = [
         ("image", render_image(picture), {}),

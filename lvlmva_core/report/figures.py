@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from lvlmva_core.methods import in_order, method
 from lvlmva_core.outputs import BASE
+from lvlmva_core.render import attribution_limit
 
 
 def outcome_figure(bars: Mapping[str, Mapping[str, tuple[float, float]]], caption: str) -> Figure:
@@ -110,7 +111,7 @@ def panel_figure(
     _say(figure, caption, 10)
     grid = figure.subplots(len(titles), len(columns), squeeze=False)
     for row, title in enumerate(titles):
-        scale = float(np.percentile(np.abs(before[row]), 99.5)) or 1.0
+        scale = attribution_limit(before[row])
         grid[row, 0].imshow(images[row])
         grid[row, 2].imshow(regions[row])
         grid[row, 3].imshow(overlays[row])
