@@ -1,8 +1,5 @@
 """An expert's verdicts in place of the Judge's: a CSV file a reviewer, undone and resolved (an extension)."""
 
-import csv
-import io
-import os
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,7 +9,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from lvlmva_core.errors import InputError
-from lvlmva_core.store import sync_folder
+from lvlmva_core.spreadsheet import csv_text, read_spreadsheet
+from lvlmva_core.store import replace_file
 
 Verdict = Literal["yes", "no", "unsure"]
 Said = Literal["yes", "no", "unsure", "undo"]
@@ -169,10 +167,7 @@ def read_events(path: Path) -> Reviews:
     Raises:
         InputError: the file is missing, the header differs, or a row is malformed or doubled; the line is named.
     """
-    text, notes = _decoded(path)
-    delimiter = ";" if ";" in text.partition("\n")[0] else ","
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows = _rows(path, reader)
+    rows, notes = read_spreadsheet(path)
     _, header = next(rows, (0, []))
     if header not in (COLUMNS, BY_HAND_COLUMNS, [*BY_HAND_COLUMNS, "note"]):
         raise InputError(
@@ -276,37 +271,6 @@ def _plain(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def _decoded(path: Path) -> tuple[str, list[str]]:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; restore it with `git checkout {path}`") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); look at its rights") from error
-    try:
-        return data.decode("utf-8-sig"), []
-    except UnicodeDecodeError:
-        pass
-    try:
-        return data.decode("cp1252"), [f"{path}: not UTF-8, read as Windows-1252; save it as 'CSV UTF-8' to be sure"]
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: neither UTF-8 nor Windows-1252; save it anew as 'CSV UTF-8'") from None
-
-
-def _rows(path: Path, reader: Iterator[list[str]]) -> Iterator[tuple[int, list[str]]]:
-    """Line number and cells of each row that is not empty."""
-    while True:
-        line = reader.line_num + 1  # type: ignore[attr-defined]  # where the row begins; a quoted cell may have several
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise InputError(f"{path}, line {line}: not CSV ({error}); mend the row's quotes") from None
-        if any(cell.strip() for cell in cells):
-            yield line, cells
-
-
 def _event(row: dict[str, str], stem: str, place: int, where: str) -> Event:
     by_hand = "order" not in row
     verdict = row["verdict"].strip().lower()
@@ -333,19 +297,6 @@ def _event(row: dict[str, str], stem: str, place: int, where: str) -> Event:
     )
 
 
-def _quoted(cell: str) -> str:
-    """As csv does, and also around a carriage return alone, which csv.writer leaves bare before Python 3.13."""
-    doubled = cell.replace('"', '""')
-    return f'"{doubled}"' if any(each in cell for each in ',"\r\n') else cell
-
-
 def _write(path: Path, events: Sequence[Event]) -> None:
     rows = [COLUMNS, *([str(getattr(event, name)) for name in COLUMNS] for event in events)]
-    text = "".join(",".join(map(_quoted, row)) + "\n" for row in rows)
-    building = path.with_name(f".{path.name}.partial")
-    with building.open("wb") as file:
-        file.write(text.encode("utf-8"))
-        file.flush()
-        os.fsync(file.fileno())
-    building.replace(path)
-    sync_folder(path.parent)  # the new name, too
+    replace_file(path, csv_text(rows).encode())

@@ -11,7 +11,7 @@ LAYERS = [
     ["errors", "progress", "arrays", "settings", "store", "statistics", "compute"],
     ["penalties"],
     ["align_settings", "train_settings", "exchange_settings"],
-    ["samples", "corruptions", "regions", "independence", "overrides"],
+    ["samples", "corruptions", "regions", "independence", "agreement", "spreadsheet", "overrides", "questionnaire"],
     ["datasets"],
     ["adam", "models", "efficientnet_lite", "foreign", "splits", "training", "resume"],
     ["ranking", "exchange", "counterexamples"],
