@@ -6,7 +6,7 @@ import json
 import secrets
 import socket
 import webbrowser
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -137,10 +137,13 @@ def _from_the_page(headers: Headers, host: str) -> bool:
     return origin == f"http://{host}"
 
 
-def page_routes(*folders: Path, at: str = "/") -> list[Route]:
-    """A route for each file of a page's folders; `at` itself gives index.html."""
-    files = {file.name: file for folder in folders for file in sorted(folder.iterdir()) if file.suffix in KINDS}
-    return [Route(at, _file(files["index.html"])), *(Route(f"{at}{name}", _file(file)) for name, file in files.items())]
+def page_routes(folder: Path, at: str = "/", shared: Sequence[Path] = ()) -> list[Route]:
+    """A route for each file of a page's folder and for those that it shares with others; `at` gives index.html."""
+    files = [file for file in sorted(folder.iterdir()) if file.suffix in KINDS]
+    return [
+        Route(at, _file(folder / "index.html")),
+        *(Route(f"{at}{file.name}", _file(file)) for file in (*files, *shared)),
+    ]
 
 
 def _file(path: Path) -> Callable[[Request], Response]:

@@ -210,7 +210,7 @@ def add_verdict(folder: Path, key: Key, verdict: Verdict, note: str, reviewer: s
     note = " ".join(note.split())
     if len(note) > LONGEST_NOTE:
         raise InputError(f"the note has {len(note)} characters, at most {LONGEST_NOTE} are kept; shorten it")
-    with _locked(folder):
+    with locked_folder(folder):
         events = _events_so_far(path)
         return _appended(path, events, key, verdict, note)
 
@@ -222,7 +222,7 @@ def take_back(folder: Path, order: int, reviewer: str) -> Event:
         InputError: that verdict does not stand, e.g. since it was undone elsewhere; or as `add_verdict`.
     """
     path = reviewer_file(folder, reviewer)
-    with _locked(folder):
+    with locked_folder(folder):
         events = _events_so_far(path)
         for event in standing(events).values():
             if event.order == order:
@@ -231,15 +231,22 @@ def take_back(folder: Path, order: int, reviewer: str) -> Event:
 
 
 def reviewer_file(folder: Path, reviewer: str) -> Path:
-    """The file of a reviewer: letters, digits, spaces, dots and hyphens, so that no name leads out of the folder.
+    """The file of a reviewer. Raises InputError where the name cannot be a file's."""
+    return person_file(folder, reviewer, "reviewer")
+
+
+def person_file(folder: Path, person: str, what: str) -> Path:
+    """A person's file: letters, digits, spaces, dots and hyphens, so that no name leads out of the folder.
+
+    what: the person is, for messages.
 
     Raises:
         InputError: the name cannot be a file's.
     """
-    name = unicodedata.normalize("NFC", reviewer.strip())
+    name = unicodedata.normalize("NFC", person.strip())
     if not NAME.fullmatch(name) or _plain(name) == BY_HAND:
         raise InputError(
-            f"reviewer '{reviewer[:80]}': expected a name of 1 to 60 letters, digits, spaces, dots, hyphens or "
+            f"{what} '{person[:80]}': expected a name of 1 to 60 letters, digits, spaces, dots, hyphens or "
             f"underscores, beginning and ending with a letter or digit, and not '{BY_HAND}'"
         )
     for path in folder.glob("*.csv"):
@@ -249,7 +256,8 @@ def reviewer_file(folder: Path, reviewer: str) -> Path:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Let one process or thread after the other write into a folder."""
     from filelock import FileLock  # here, so that reading needs no library
 
     with FileLock(folder / ".lock"):
