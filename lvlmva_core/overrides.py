@@ -181,7 +181,7 @@ def read_events(path: Path) -> Reviews:
         if len(cells) != len(header):
             raise InputError(f"{where}: expected {len(header)} values, not {len(cells)}")
         row = dict(zip(header, cells, strict=True))
-        event = _event(row, path.stem, len(events) + 1, where)
+        event = event_of_row(row, path.stem, len(events) + 1, where)
         if header != COLUMNS and event.key in seen:
             raise InputError(f"{where}: second verdict for region {event.region} of '{event.sample}'")
         seen.add(event.key)
@@ -270,7 +270,7 @@ def _events_so_far(path: Path) -> list[Event]:
 
 def _appended(path: Path, events: list[Event], key: Key, verdict: Said, note: str) -> Event:
     event = Event(*key, verdict, note, path.stem, events[-1].order + 1 if events else 1)
-    _write(path, [*events, event])
+    write_events(path, [*events, event])
     return event
 
 
@@ -279,7 +279,16 @@ def _plain(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def _event(row: dict[str, str], stem: str, place: int, where: str) -> Event:
+def event_of_row(row: dict[str, str], stem: str, place: int, where: str) -> Event:
+    """What a row says.
+
+    Args:
+        row: column -> cell. stem: the reviewer whose file it is. place: its order, where it has none of its own. where:
+            file and line, for messages.
+
+    Raises:
+        InputError: a cell cannot be meant, or it is of another reviewer.
+    """
     by_hand = "order" not in row
     verdict = row["verdict"].strip().lower()
     allowed = VERDICTS if by_hand else get_args(Said)
@@ -305,6 +314,7 @@ def _event(row: dict[str, str], stem: str, place: int, where: str) -> Event:
     )
 
 
-def _write(path: Path, events: Sequence[Event]) -> None:
+def write_events(path: Path, events: Sequence[Event]) -> None:
+    """Put a reviewer's events in the place of the file; who calls it holds the folder's lock."""
     rows = [COLUMNS, *([str(getattr(event, name)) for name in COLUMNS] for event in events)]
     replace_file(path, csv_text(rows).encode())
