@@ -85,7 +85,7 @@ def explained(image: np.ndarray, attribution: np.ndarray) -> np.ndarray:
     """
     from lvlmva_core.render import attribution_limit, enlarge
 
-    pale = 225 + 30 * image.mean(axis=0) / 255
+    pale = 185 + 70 * image.mean(axis=0) / 255
     level = np.clip(attribution / attribution_limit(attribution), -1, 1)[..., None]
     colour = np.where(level > 0, (190.0, 20.0, 30.0), (30.0, 80.0, 190.0))
     return enlarge(np.rint((1 - abs(level)) * pale[..., None] + abs(level) * colour).astype(np.uint8))
