@@ -15,6 +15,7 @@ from starlette.routing import Route
 
 from lvlmva.review_content import Content
 from lvlmva.serving import HANDLERS, page_routes, read_body
+from lvlmva.specification_server import SpecificationPage
 from lvlmva_core.overrides import Event, Verdict, add_verdict, read_events, reviewer_file, standing, take_back
 
 PAGE = Path(__file__).parent / "review_page"
@@ -56,6 +57,7 @@ class Review:
         return Starlette(
             routes=[
                 *page_routes(PAGE),
+                *SpecificationPage(self._content.known).routes(),
                 Route("/api/page", self._page),
                 Route("/api/found", self._found),
                 Route("/api/samples/{place:int}/critique", self._critique),

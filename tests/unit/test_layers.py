@@ -32,6 +32,7 @@ LAYERS = [
     ["metrics"],
     ["alignment", "baselines"],
     ["outputs", "evaluation", "classifier_check", "export", "audit"],
+    ["corrections", "proposal"],
     ["comparison"],
     ["methods"],
     ["study"],
