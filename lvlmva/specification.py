@@ -104,23 +104,39 @@ class Editor:
         Raises:
             InputError: a stage did not run yet, or a reviewer's file is malformed.
         """
-        from lvlmva.review_content import read_content
-        from lvlmva_core.arrays import read_array
+        from lvlmva_core.arrays import read_array, read_attrs
+        from lvlmva_core.lvlm.records import CritiqueRow, VerdictRow, read_rows
+        from lvlmva_core.regions import segmentation_digest
+        from lvlmva_core.samples import read_class_names, read_samples, rows_of_ids
 
-        content = read_content(self._known)
-        events = read_reviews(self._known["overrides"]).events
+        known = self._known
+        for name, stage in {"segments": "segment", "attributions": "attribute", "verdicts": "judge"}.items():
+            if not known[name].exists():
+                raise InputError(f"{known[name]}: not made yet; run `dvc repro {stage}`")
+        ids = [str(sample) for sample in read_attrs(known["segments"])["ids"]]
+        if read_attrs(known["attributions"])["ids"] != ids:
+            raise InputError(f"{known['attributions']}: other samples than the segmentations; run `dvc repro segment`")
+        table, class_names = read_samples(known["samples"]), read_class_names(known["images"])
+        labels = table["label"].to_numpy()[rows_of_ids(table, ids)]
+        label_maps = read_array(known["segments"], "segments")
+        digests = [segmentation_digest(label_map) for label_map in label_maps]
+        verdicts = {row.sample: row for row in read_rows(known["verdicts"], VerdictRow)}
+        for sample, digest in zip(ids, digests, strict=True):
+            if sample in verdicts and verdicts[sample].segmentation != digest:
+                raise InputError(f"{known['verdicts']}: '{sample}' is of another segmentation; run `dvc repro judge`")
+        events = read_reviews(known["overrides"]).events
         notes: dict[tuple[str, str, int], list[str]] = {}
         for reviewer in sorted({event.reviewer for event in events}):
             for key, event in standing([each for each in events if each.reviewer == reviewer]).items():
                 notes.setdefault(key, []).extend([event.note] if event.note else [])
         return judged_regions(
-            content.ids,
-            content.class_names,
-            content.label_maps,
-            read_array(self._known["attributions"], "attributions"),
-            content.digests,
-            content.critiques,
-            content.verdicts,
+            ids,
+            [class_names[int(label)] for label in labels],
+            label_maps,
+            read_array(known["attributions"], "attributions"),
+            digests,
+            {row.sample: row for row in read_rows(known["critiques"], CritiqueRow)},
+            verdicts,
             resolve(events)[0],
             notes,
         )

@@ -98,11 +98,12 @@ def _items(text: str, key: Any, value: Any, now: list[str], wanted: list[str]) -
     """The whole list; lines of comments between its items stay."""
     first = key.start_mark.column
     if not value.value or value.flow_style:
-        new = "".join(f"\n{' ' * (first + 2)}- {_written(words, first + 2)}" for words in wanted) if wanted else " []"
-        start = value.start_mark.index
+        new = "".join(f"\n{' ' * (first + 2)}- {_written(words, first + 2)}" for words in wanted)
+        start, end = value.start_mark.index, int(value.end_mark.index)
         while text[start - 1] == " ":
             start -= 1
-        return start, int(value.end_mark.index), new
+        behind = text[end:].partition("\n")[0]  # a comment, which stays on its line
+        return start, end + len(behind), behind + new if wanted else " []" + behind
     indent = value.start_mark.column
     start = text.rfind("\n", 0, value.start_mark.index) + 1
     kept, place = [], start  # of each item, its comments and its own lines

@@ -13,11 +13,10 @@ from lvlmva.pipeline import paths
 from lvlmva.specification import Editor
 from lvlmva_core.arrays import read_array
 from lvlmva_core.errors import InputError
-from lvlmva_core.lvlm.prompts import Specification, read_specification
+from lvlmva_core.lvlm.prompts import Specification
 from lvlmva_core.overrides import add_verdict
 from lvlmva_core.regions import regions_present, segmentation_digest
-from tests.pipeline.browser import CHROMIUM, barriers, watched
-from tests.pipeline.calls import KEY, Server, critique_here, judge_here
+from tests.pipeline.calls import KEY, Server, critique_here, judge_here, write_data
 from tests.pipeline.review import ROOT, ReviewServer, write_project
 
 TEXT = """# from the clinic
@@ -29,16 +28,18 @@ spurious_features: [] # none yet
 """
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReviewServer]:
-    """The review page of a project judged by a stand-in, with a specification that fits its classes."""
-    folder = tmp_path_factory.mktemp("specification") / "project"
-    segments = write_project(folder)
+def write_specified(folder: Path) -> None:
+    """A project judged by a stand-in, with a specification that fits its classes."""
+    write_project(folder)
     shutil.copytree(ROOT / "prompts", folder / "prompts")
     (folder / "prompts/decoy_digits/specification.yaml").write_text(TEXT)
-    for n, label_map in enumerate(segments[:4]):  # the critic rejects region 2 alone
-        key = (f"s{n}", segmentation_digest(label_map), 0)
-        add_verdict(folder / "overrides", key, "no", "the <i>ruler</i>", "anna")
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReviewServer]:
+    """Its review page."""
+    folder = tmp_path_factory.mktemp("specification") / "project"
+    write_specified(folder)
     with ReviewServer(folder) as running:
         running.log_in()
         yield running
@@ -101,59 +102,6 @@ def test_a_change_is_shown_saved_and_no_tab_undoes_another(served: ReviewServer)
     assert served.post(f"{at}/plan", edit(third, more=1)).status == 400
     assert served.post(f"{at}/save", wanted, {"Sec-Fetch-Site": "cross-site"}).status == 403
     assert served.get("/specification/api/question").status == 409  # no model is configured, nobody is asked
-    file.write_text(TEXT)
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian: apt-get install chromium)")
-def test_an_expert_takes_over_what_corrections_share_and_saves(browser: Any, served: ReviewServer) -> None:
-    file = served.folder / "prompts/decoy_digits/specification.yaml"
-    for n, label_map in enumerate(read_array(served.folder / "data/segments.zarr", "segments")):
-        add_verdict(served.folder / "overrides", (f"s{n}", segmentation_digest(label_map), 0), "no", "a ruler", "anna")
-    with ReviewServer(served.folder) as mine:
-        page, complaints = watched(browser, mine, viewport={"width": 1100, "height": 900})
-        page.goto(mine.address)
-        page.goto(f"http://{mine.host}/specification/")
-        page.locator("#counted", has_text="on 6 of 18 regions").wait_for()
-        assert "no model" in page.locator("#critic .stand-in").inner_text()
-        assert "No model is configured" in page.locator("#who").inner_text()
-        assert "No model was asked for this list" in " ".join(page.locator("main").inner_text().split())
-        card = page.locator("#common .card", has_text="benign").first
-        assert "3 regions called spurious or irrelevant by experts" in card.inner_text()
-        assert "note: a ruler" in card.inner_text()
-        assert barriers(page) == []
-        card.get_by_role("button", name="accept: at the").first.click()
-        page.locator("#features input").fill('a "ruler" <b>')
-        page.locator('[data-class="benign"]').fill("Even, sharp, small.")
-        page.get_by_role("button", name="Show the change and its price").click()
-        page.locator("#diff .new", has_text="Even, sharp, small.").wait_for()
-        assert 'a "ruler" <b>' in page.locator("#diff").inner_text()
-        assert "does not read the specification" in page.locator("#price").inner_text()
-        assert barriers(page) == []
-        page.emulate_media(color_scheme="dark")
-        page.set_viewport_size({"width": 360, "height": 740})
-        assert barriers(page) == []
-        assert page.evaluate("document.documentElement.scrollWidth") <= 360
-        page.locator("#picture").press_sequentially("!")  # what was shown is no longer what would be saved
-        page.locator("#plan").wait_for(state="hidden")
-        page.get_by_role("button", name="Show the change and its price").click()
-        page.locator("#save").click()
-        page.locator("#status", has_text="Saved").wait_for()
-        found = read_specification(file)
-        assert found.classes["benign"] == "Even, sharp, small."
-        assert found.spurious_features == ['a "ruler" <b>']
-        assert found.picture == "close photographs!"
-        assert "# none yet" in file.read_text()
-        # a second tab, and an editor that was faster
-        other = page.context.new_page()
-        other.goto(f"http://{mine.host}/specification/")
-        other.locator('[data-class="benign"]').fill("Something else.")
-        changed = file.read_text().replace("ragged", "ragged, blurred")
-        file.write_text(changed)
-        other.get_by_role("button", name="Show the change and its price").click()
-        other.locator("#error", has_text="has changed since you began").wait_for()
-        assert other.locator('[data-class="benign"]').input_value() == "Something else."  # not lost either
-        assert file.read_text() == changed
-        assert complaints == ["Failed to load resource: the server responded with a status of 409 (Conflict)"][:0]
 
 
 @pytest.fixture
@@ -163,6 +111,7 @@ def mine(folder: Path) -> Path:
     shutil.copytree(ROOT / "prompts", folder / "prompts")
     shutil.copy(ROOT / "dvc.yaml", folder / "dvc.yaml")
     (folder / "overrides").mkdir()
+    write_data(folder, 12)
     return folder
 
 

@@ -68,6 +68,10 @@ def test_one_value_changes_in_its_place() -> None:
     assert new == TEXT.replace(">-\n    A short text\n    in two lines.\n", "Other words.\n")
     new = edited(TEXT, wanted(now, spurious_features=["a ruler: black", "a long one", "a tag"]), FILE)
     assert new == TEXT.replace("  - a grey square\n", "").replace("    one\n", "    one\n  - a tag\n")
+    for listed in ("[]", "[a, b]"):
+        flow = f"picture: p\nclasses: {{a: x}}\nspurious_features: {listed} # why\n"
+        new = edited(flow, wanted(parse_specification(flow, FILE), spurious_features=['a "b"', "c"]), FILE)
+        assert new == 'picture: p\nclasses: {a: x}\nspurious_features: # why\n  - >-\n    a "b"\n  - c\n'
     new = edited(TEXT, wanted(now, spurious_features=[]), FILE)
     assert "spurious_features: []\n  # seen in 2020\n  # seen later\n# end\n" in new
 
