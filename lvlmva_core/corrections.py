@@ -16,7 +16,7 @@ from lvlmva_core.render import COLOUR_NAMES
 
 ENOUGH = 20  # corrections from which a change of the description is proposed
 LEAST = 3  # corrections that share something before it is worth saying
-LIFT = 0.15  # by which something must be more frequent among the corrected regions than among the others
+LIFT = 0.15  # by which something must be more frequent among the corrected regions than among those left as they are
 MOST_WORDS = 8
 _SENTENCE = re.compile(r"(?<=[.!?;])\s+|\n+")
 _WORD = re.compile(r"[^\W\d_]{3,}")
@@ -41,8 +41,8 @@ class Judged:
 
 @dataclass(frozen=True)
 class Common:
-    """Something that corrections of one kind share. count of total: corrections; others: share of the other regions of
-    that class that have it too, 0..1."""
+    """Something that corrections of one kind share. count of total: corrections; others: share of the regions of that
+    class with the same verdict of the critic, which the experts left as they are, that have it too, 0..1."""
 
     kind: str
     value: str
@@ -127,8 +127,9 @@ def corrections_of(judged: Sequence[Judged]) -> list[Judged]:
 def in_common(judged: Sequence[Judged]) -> list[InCommon]:
     """What the corrections share: place and words of the critique, for each class and direction with LEAST or more.
 
-    A place or word is named where LEAST corrections have it and its share among them exceeds that among the class's
-    other regions by LIFT or more: words that a critic says of every region fall out by themselves.
+    A place or word is named where LEAST corrections have it and its share among them exceeds by LIFT or more that among
+    the class's regions with the same verdict of the critic that nobody corrected: what a critic says of every region,
+    or of every one that it rejects, falls out by itself.
     """
     kinds = Counter((each.class_name, each.expert) for each in corrections_of(judged))
     found = []
@@ -136,7 +137,9 @@ def in_common(judged: Sequence[Judged]) -> list[InCommon]:
         if total < LEAST or expert is None:
             continue
         mine = [each for each in judged if (each.class_name, each.expert) == (class_name, expert)]
-        others = [each for each in judged if each.class_name == class_name and each.expert != expert]
+        others = [
+            each for each in judged if (each.class_name, each.critic, each.expert) == (class_name, mine[0].critic, None)
+        ]
         places = _shared("place", [{each.place} for each in mine], [{each.place} for each in others])
         words = _shared("word", [_words(each) for each in mine], [_words(each) for each in others])
         notes = list(dict.fromkeys(note for each in mine for note in each.notes if note))

@@ -28,7 +28,7 @@ function fill({ picture, classes, spurious_features }) {
   $("picture").value = picture;
   $("classes").replaceChildren(
     ...classes.map(({ name, description }, n) => {
-      const area = element("textarea", { id: `class-${n}`, rows: 3, "data-class": name });
+      const area = element("textarea", { id: `class-${n}`, rows: 2, "data-class": name });
       area.value = description;
       return element("div", {}, element("label", { for: `class-${n}` }, `Class ${name}`), area);
     }),
@@ -70,7 +70,7 @@ async function show() {
   const unchanged = found.diff === "";
   const kinds = { "+": "new", "-": "gone" };
   $("diff").replaceChildren(
-    ...(unchanged ? ["Nothing is changed."] : found.diff.split("\n").map((line) => element("span", { class: kinds[line[0]] }, line || " "))),
+    ...(unchanged ? ["Nothing is changed."] : found.diff.split("\n").map((line, n) => element("span", { class: n > 1 ? kinds[line[0]] : "soft" }, line || " "))),
   );
   const lines = found.samples ? [`The prompt about ${found.samples} samples of the alignment set changes.`, ...found.lines] : found.lines;
   $("price").replaceChildren(...lines.map((line) => element("li", {}, line)));
@@ -108,7 +108,7 @@ function card(each) {
   const said = each.expert === "no" ? "spurious or irrelevant" : "relevant";
   const items = each.shared.map((shared) => {
     const what = shared.kind === "place" ? `at the ${shared.value}` : `the critic wrote “${shared.value}”`;
-    const counts = `${shared.count} of ${shared.total}; of the class's other regions ${Math.round(100 * shared.others)} %`;
+    const counts = `${shared.count} of ${shared.total}; of those left as they were ${Math.round(100 * shared.others)} %`;
     const item = element("li", {}, element("span", {}, element("b", {}, what), ` (${counts})`));
     const buttons = element("span", { class: "actions" });
     if (each.expert === "no") {
