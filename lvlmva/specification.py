@@ -29,7 +29,7 @@ from lvlmva_core.lvlm.prompts import (
 )
 from lvlmva_core.lvlm.settings import Endpoint, ModelCritic, ModelJudge
 from lvlmva_core.lvlm.specification_edit import edited
-from lvlmva_core.overrides import locked_folder, read_reviews, resolve, standing
+from lvlmva_core.overrides import locked, read_reviews, resolve, standing
 from lvlmva_core.proposal import proposal_call, read_proposal, why_no_proposal
 from lvlmva_core.store import replace_file
 
@@ -91,7 +91,7 @@ class Editor:
         Raises:
             InputError: the file has changed since, or `wanted` is not what was shown; nothing is written then.
         """
-        with locked_folder(self._known["overrides"]):  # not beside the file: DVC follows the whole folder
+        with locked(self._known["overrides"]):  # not beside the file: DVC follows the whole folder
             _, after = self._edit(wanted, digest)
             if _digest(after) != shown:
                 raise InputError(f"{self.file()}: this is not the change that was shown; look at it again")

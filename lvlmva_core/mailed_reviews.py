@@ -13,7 +13,7 @@ from lvlmva_core.overrides import (
     Event,
     Key,
     event_of_row,
-    locked_folder,
+    locked,
     read_events,
     reviewer_file,
     standing,
@@ -199,7 +199,7 @@ def take_in(
         raise ValueError("a file has problems; take in those without")
     done: list[TakenIn] = []
     conflicts: list[Conflict] = []
-    with locked_folder(folder):
+    with locked(folder):
         held: dict[Path, list[Event]] = {}
         changed: set[Path] = set()
         for each in files:

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from lvlmva_core.errors import InputError
-from lvlmva_core.spreadsheet import csv_text, read_spreadsheet
-from lvlmva_core.store import replace_file
+from lvlmva_core.spreadsheet import read_spreadsheet, write_csv
 
 Verdict = Literal["yes", "no", "unsure"]
 Said = Literal["yes", "no", "unsure", "undo"]
@@ -210,7 +209,7 @@ def add_verdict(folder: Path, key: Key, verdict: Verdict, note: str, reviewer: s
     note = " ".join(note.split())
     if len(note) > LONGEST_NOTE:
         raise InputError(f"the note has {len(note)} characters, at most {LONGEST_NOTE} are kept; shorten it")
-    with locked_folder(folder):
+    with locked(folder):
         events = _events_so_far(path)
         return _appended(path, events, key, verdict, note)
 
@@ -222,7 +221,7 @@ def take_back(folder: Path, order: int, reviewer: str) -> Event:
         InputError: that verdict does not stand, e.g. since it was undone elsewhere; or as `add_verdict`.
     """
     path = reviewer_file(folder, reviewer)
-    with locked_folder(folder):
+    with locked(folder):
         events = _events_so_far(path)
         for event in standing(events).values():
             if event.order == order:
@@ -256,8 +255,8 @@ def person_file(folder: Path, person: str, what: str) -> Path:
 
 
 @contextmanager
-def locked_folder(folder: Path) -> Iterator[None]:
-    """Let one process or thread after the other write into a folder."""
+def locked(folder: Path) -> Iterator[None]:
+    """Lets one process or thread after the other write into a folder of reviewers' files."""
     from filelock import FileLock  # here, so that reading needs no library
 
     with FileLock(folder / ".lock"):
@@ -317,4 +316,4 @@ def event_of_row(row: dict[str, str], stem: str, place: int, where: str) -> Even
 def write_events(path: Path, events: Sequence[Event]) -> None:
     """Put a reviewer's events in the place of the file; who calls it holds the folder's lock."""
     rows = [COLUMNS, *([str(getattr(event, name)) for name in COLUMNS] for event in events)]
-    replace_file(path, csv_text(rows).encode())
+    write_csv(path, rows)

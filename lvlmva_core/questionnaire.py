@@ -14,10 +14,9 @@ import numpy as np
 
 from lvlmva_core.agreement import cohen_kappa, fleiss_kappa, pairwise_agreement, wilson_interval
 from lvlmva_core.errors import InputError
-from lvlmva_core.overrides import locked_folder, person_file
-from lvlmva_core.spreadsheet import csv_text, read_spreadsheet
+from lvlmva_core.overrides import locked, person_file
+from lvlmva_core.spreadsheet import read_spreadsheet, write_csv
 from lvlmva_core.statistics import hierarchical_bootstrap
-from lvlmva_core.store import replace_file
 
 Question = Literal["explanation", "regions", "reasoning"]
 Side = Literal["before", "after"]
@@ -138,7 +137,7 @@ def add_answer(folder: Path, study: str, item: Item, answer: str, participant: s
     path = participant_file(folder, participant)
     if answer not in ANSWERS[item.question]:
         raise InputError(f"answer '{answer[:40]}' is none of {', '.join(ANSWERS[item.question])}")
-    with locked_folder(folder):
+    with locked(folder):
         before = answers_so_far(path, study)
         counts = standing_answers(before).get((item.sample, item.question))
         if counts is not None and counts.answer == answer:
@@ -146,7 +145,7 @@ def add_answer(folder: Path, study: str, item: Item, answer: str, participant: s
         order = before[-1].order + 1 if before else 1
         said = Answer(path.stem, study, order, item.sample, item.question, answer, item.left)
         rows = [COLUMNS, *([str(getattr(each, name)) for name in COLUMNS] for each in [*before, said])]
-        replace_file(path, csv_text(rows).encode())
+        write_csv(path, rows)
     return said
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lvlmva_core.errors import InputError
+from lvlmva_core.store import replace_file
 
 
 def read_spreadsheet(path: Path) -> tuple[Iterator[tuple[int, list[str]]], list[str]]:
@@ -22,9 +23,10 @@ def read_spreadsheet(path: Path) -> tuple[Iterator[tuple[int, list[str]]], list[
     return _rows(path, reader), notes
 
 
-def csv_text(rows: Iterable[Iterable[str]]) -> str:
-    """Rows as CSV: commas, quotes where a cell needs them, a line feed after each row."""
-    return "".join(",".join(map(_quoted, row)) + "\n" for row in rows)
+def write_csv(path: Path, rows: Iterable[Iterable[str]]) -> None:
+    """Write rows beside the file and rename: they are on the disk when this returns, and the file is never half."""
+    text = "".join(",".join(map(_quoted, row)) + "\n" for row in rows)
+    replace_file(path, text.encode())
 
 
 def _quoted(cell: str) -> str:
