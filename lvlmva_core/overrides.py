@@ -21,6 +21,7 @@ BY_HAND_COLUMNS = ["sample", "segmentation", "region", "verdict"]
 COLUMNS = [*BY_HAND_COLUMNS, "note", "reviewer", "order"]
 BY_HAND = "verdicts"  # the reviewer of the file that is written by hand
 NAME = re.compile(r"\w(?:[\w .-]{0,58}\w)?")  # of a reviewer, and so of a file
+PATTERNS = "patterns"  # the folder beside these files, with what reviewers call patterns
 LONGEST_NOTE = 2000  # characters
 Key = tuple[str, str, int]  # sample, digest of its segmentation, region
 
@@ -145,7 +146,7 @@ def read_reviews(folder: Path) -> Reviews:
     notes: list[str] = []
     names: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.suffix.lower() == ".md":
+        if path.name.startswith(".") or path.suffix.lower() == ".md" or path.name == PATTERNS:
             continue
         if path.suffix.lower() != ".csv" or not path.is_file():
             notes.append(f"{path}: not read; save it as CSV")
@@ -215,7 +216,7 @@ def add_verdict(folder: Path, key: Key, verdict: Verdict, note: str, reviewer: s
     note = " ".join(note.split())
     if len(note) > LONGEST_NOTE:
         raise InputError(f"the note has {len(note)} characters, at most {LONGEST_NOTE} are kept; shorten it")
-    with _locked(folder):
+    with locked(folder):
         events = _events_so_far(path)
         return _appended(path, events, key, verdict, note)
 
@@ -227,7 +228,7 @@ def take_back(folder: Path, order: int, reviewer: str) -> Event:
         InputError: that verdict does not stand, e.g. since it was undone elsewhere; or as `add_verdict`.
     """
     path = reviewer_file(folder, reviewer)
-    with _locked(folder):
+    with locked(folder):
         events = _events_so_far(path)
         for event in standing(events).values():
             if event.order == order:
@@ -254,7 +255,8 @@ def reviewer_file(folder: Path, reviewer: str) -> Path:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
+    """Lets one process or thread after the other write into a folder of reviewers' files."""
     from filelock import FileLock  # here, so that reading needs no library
 
     with FileLock(folder / ".lock"):
@@ -267,7 +269,7 @@ def _events_so_far(path: Path) -> list[Event]:
 
 def _appended(path: Path, events: list[Event], key: Key, verdict: Said, note: str) -> Event:
     event = Event(*key, verdict, note, path.stem, events[-1].order + 1 if events else 1)
-    _write(path, [*events, event])
+    write_csv(path, [COLUMNS, *([str(getattr(each, name)) for name in COLUMNS] for each in (*events, event))])
     return event
 
 
@@ -339,8 +341,8 @@ def _quoted(cell: str) -> str:
     return f'"{doubled}"' if any(each in cell for each in ',"\r\n') else cell
 
 
-def _write(path: Path, events: Sequence[Event]) -> None:
-    rows = [COLUMNS, *([str(getattr(event, name)) for name in COLUMNS] for event in events)]
+def write_csv(path: Path, rows: Sequence[Sequence[str]]) -> None:
+    """Write rows beside the file and rename: they are on the disk when this returns, and the file is never half."""
     text = "".join(",".join(map(_quoted, row)) + "\n" for row in rows)
     building = path.with_name(f".{path.name}.partial")
     with building.open("wb") as file:

@@ -22,6 +22,8 @@ LAYERS = [
     ["metrics"],
     ["alignment", "baselines"],
     ["outputs", "evaluation", "classifier_check", "export", "audit"],
+    ["patterns"],
+    ["pattern_names"],
     ["comparison"],
     ["methods"],
     ["study"],

@@ -1,0 +1,107 @@
+"""What came out in a few sentences and numbers: what the model looked at before, and what it looks at now."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lvlmva_core.metrics import METRICS
+from lvlmva_core.outputs import BASE, SUBJECT
+
+UNTESTABLE_BELOW = 6  # seeds: the least two-sided p of Wilcoxon's test is 2 / 2^n
+WORDS = {  # metric -> what it is, for somebody who meets it here
+    "wga": "right in the worst group",
+    "aga": "right, mean over groups",
+    "accuracy": "right in all",
+    "mu_align": "of the attribution off the spurious feature",
+    "reliance_true": "moved by the spurious feature, in standard deviations",
+    "reliance": "moved by what was rejected, as a share of the logit",
+}
+LESS_IS_BETTER = ("reliance", "reliance_true")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A metric before and after: texts. better: whether it went the right way; None where it did not move."""
+
+    heading: str
+    words: str
+    before: str
+    after: str
+    spread: str
+    control: str
+    better: bool | None
+
+
+@dataclass(frozen=True)
+class Headline:
+    """before, after: a sentence each. tests: what the tests say. figures: the metrics that are known."""
+
+    before: str
+    after: str
+    tests: str
+    figures: list[Figure]
+
+
+def headline_of(content: Mapping[str, Any], feature: str) -> Headline:
+    """The headline from the content of metrics/evaluate.json. feature: what the spurious feature is called."""
+    methods, seeds = content["methods"], content["methods"][SUBJECT]["seeds"]
+    base, subject = methods[BASE]["test"], methods[SUBJECT]["test"]
+    control = methods.get("lambda_zero", {}).get("test", {})
+    figures = []
+    for name, words in WORDS.items():
+        if name not in base or name not in subject:
+            continue
+        before, after = _mean(base[name]), _mean(subject[name])
+        moved = round(after - before, 3)
+        up = moved > 0
+        figures.append(
+            Figure(
+                METRICS[name].heading or name,
+                words,
+                f"{before:.3f}",
+                f"{after:.3f}",
+                f"± {subject[name]['std']:.3f} over {seeds} seeds" if seeds > 1 else "one seed",
+                f"{_mean(control[name]):.3f}" if name in control else "",
+                None if moved == 0 else up != (name in LESS_IS_BETTER),
+            )
+        )
+    return Headline(
+        f"The base model {_looks(base, feature)}.",
+        f"After alignment it {_looks(subject, feature)}.",
+        _tests(content, seeds),
+        figures,
+    )
+
+
+def _looks(of: Mapping[str, Any], feature: str) -> str:
+    """What a model looks at and how often it is right, in words."""
+    parts = []
+    if "mu_align" in of:
+        parts.append(f"puts {1 - _mean(of['mu_align']):.0%} of its attribution on the spurious feature ({feature})")
+    if "reliance_true" in of:
+        parts.append(f"is moved by it by {_mean(of['reliance_true']):.2f} standard deviations")
+    elif "reliance" in of:
+        parts.append(f"is moved by what was rejected by {_mean(of['reliance']):.0%} of its logit")
+    right = f"is right on {_mean(of['accuracy']):.0%} of the test pictures"
+    if "wga" in of:
+        right += f", and on {_mean(of['wga']):.0%} in the group where it is worst"
+    return ", ".join([*parts, right]) if len(parts) < 2 else f"{', '.join(parts)}, and {right}"
+
+
+def _tests(content: Mapping[str, Any], seeds: int) -> str:
+    tests = content["tests"].get(SUBJECT, {})
+    said = []
+    for name in ("wga", "accuracy"):
+        if name in tests and BASE in tests[name]:
+            found = tests[name][BASE]
+            said.append(f"Δ{METRICS[name].heading} {found['difference']['mean']:+.3f} (p = {found['p_two_sided']:.3f})")
+    few = (
+        f" With {seeds} seed{'' if seeds == 1 else 's'} no difference can be significant."
+        if seeds < UNTESTABLE_BELOW
+        else ""
+    )
+    return f"Against the base model: {', '.join(said)}; Wilcoxon's test over seeds, two-sided.{few}" if said else few
+
+
+def _mean(value: Any) -> float:
+    return float(value["mean"] if isinstance(value, dict) else value)
