@@ -18,15 +18,17 @@ from starlette.responses import JSONResponse, PlainTextResponse, RedirectRespons
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lvlmva.page import FOLDER
 from lvlmva.review_content import Content
 from lvlmva_core.errors import InputError
 from lvlmva_core.overrides import Event, Verdict, add_verdict, read_events, reviewer_file, standing, take_back
+from lvlmva_core.pattern_names import give_name
+from lvlmva_core.report.page import render_page
 
-PAGE = Path(__file__).parent / "review_page"
-KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+KINDS = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 LARGEST_BODY = 1 << 16  # bytes
 HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "Cache-Control": "no-store",  # pictures may be patients'
     "Cross-Origin-Opener-Policy": "same-origin",
@@ -55,6 +57,16 @@ class TakenBack(BaseModel):
 
     reviewer: str
     order: Annotated[int, Field(ge=1)]
+
+
+class Named(BaseModel):
+    """What a reviewer calls a pattern, by its place in the page."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    reviewer: str
+    pattern: Annotated[int, Field(ge=0)]
+    name: str
 
 
 class Guard:
@@ -134,8 +146,8 @@ class Review:
         """The application, to stand behind a Guard."""
         return Starlette(
             routes=[
-                Route("/", _file("index.html")),
-                *(Route(f"/{file.name}", _file(file.name)) for file in sorted(PAGE.iterdir()) if file.suffix in KINDS),
+                Route("/", self._index),
+                *(Route(f"/{file.name}", _file(file)) for file in sorted(FOLDER.iterdir()) if file.suffix in KINDS),
                 Route("/api/page", self._page),
                 Route("/api/found", self._found),
                 Route("/api/samples/{place:int}/critique", self._critique),
@@ -144,12 +156,16 @@ class Review:
                 Route("/api/verdicts", self._verdicts, methods=["GET"]),
                 Route("/api/verdicts", self._say, methods=["POST"]),
                 Route("/api/undo", self._undo, methods=["POST"]),
+                Route("/api/names", self._name, methods=["POST"]),
             ],
             exception_handlers={InputError: _mistake, HTTPException: _refused},
         )
 
+    def _index(self, _: Request) -> Response:
+        return Response(render_page(self._content.report(), FOLDER), media_type="text/html")
+
     def _page(self, _: Request) -> Response:
-        return JSONResponse({**self._content.page, "reviewer": self._reviewer, "folder": str(self._overrides)})
+        return JSONResponse({**self._content.data(), "reviewer": self._reviewer, "folder": str(self._overrides)})
 
     def _found(self, request: Request) -> Response:
         return JSONResponse(self._content.with_words(request.query_params.get("words", "")))
@@ -181,6 +197,18 @@ class Review:
         place = self._content.places.get((event.sample, event.segmentation))
         left = await run_in_threadpool(self._said_so_far, undone.reviewer)
         return JSONResponse({"place": place, "region": event.region, **left})
+
+    async def _name(self, request: Request) -> Response:
+        said = await _body(request, Named)
+        return await run_in_threadpool(self._call, said)
+
+    def _call(self, said: Named) -> Response:
+        content, patterns = self._content, self._content.found[0]
+        if said.pattern >= len(patterns):
+            raise HTTPException(HTTPStatus.NOT_FOUND, f"there are {len(patterns)} patterns")
+        n, region = patterns[said.pattern].anchor
+        key = (content.ids[n], content.digests[n], region)
+        return JSONResponse({"name": give_name(self._overrides, key, said.name, said.reviewer)}, HTTPStatus.CREATED)
 
     def _write(self, said: Said) -> Response:
         content = self._content
@@ -215,9 +243,7 @@ def _shown(event: Event, place: int) -> Mapping[str, Any]:
     return {"place": place, "region": event.region, **said}
 
 
-def _file(name: str) -> Any:
-    path = PAGE / name
-
+def _file(path: Path) -> Any:
     def send(_: Request) -> Response:
         return Response(path.read_bytes(), media_type=KINDS[path.suffix])
 

@@ -53,10 +53,7 @@ def give_name(overrides: Path, key: Key, name: str, reviewer: str) -> str:
     path = reviewer_file(folder, reviewer)
     with locked(overrides):
         names = {**(_read(path) if path.exists() else {}), key: name}
-        rows = [
-            [sample, digest, str(region), names[sample, digest, region], path.stem]
-            for sample, digest, region in sorted(names)
-        ]
+        rows = [[each[0], each[1], str(each[2]), names[each], path.stem] for each in sorted(names)]
         write_csv(path, [COLUMNS, *rows])
     return name
 

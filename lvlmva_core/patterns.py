@@ -33,137 +33,17 @@ CHARACTERISTIC_FROM = 0.15  # how much more often than elsewhere a word must be 
 DRAWS = 400  # of the bootstrap
 TERM = re.compile(r"[^\W\d_]{3,}")
 SENTENCE = re.compile(r"(?<=[.!?;])\s+|\n+")
-# of English, and what every critique says of every region
-STOP_WORDS = frozenset(
-    [
-        "about",
-        "above",
-        "after",
-        "all",
-        "also",
-        "and",
-        "any",
-        "apart",
-        "are",
-        "area",
-        "areas",
-        "because",
-        "been",
-        "being",
-        "below",
-        "between",
-        "both",
-        "but",
-        "can",
-        "class",
-        "contains",
-        "could",
-        "cover",
-        "covers",
-        "does",
-        "each",
-        "fill",
-        "fills",
-        "for",
-        "from",
-        "had",
-        "has",
-        "have",
-        "her",
-        "here",
-        "him",
-        "his",
-        "holds",
-        "how",
-        "into",
-        "its",
-        "itself",
-        "just",
-        "less",
-        "lies",
-        "like",
-        "likely",
-        "located",
-        "made",
-        "may",
-        "mainly",
-        "model",
-        "more",
-        "most",
-        "mostly",
-        "much",
-        "near",
-        "not",
-        "only",
-        "onto",
-        "other",
-        "our",
-        "out",
-        "over",
-        "part",
-        "parts",
-        "picture",
-        "image",
-        "pixel",
-        "pixels",
-        "rather",
-        "region",
-        "regions",
-        "relevant",
-        "irrelevant",
-        "spurious",
-        "said",
-        "same",
-        "see",
-        "seems",
-        "shape",
-        "should",
-        "show",
-        "shows",
-        "since",
-        "some",
-        "such",
-        "than",
-        "that",
-        "the",
-        "their",
-        "them",
-        "then",
-        "there",
-        "therefore",
-        "these",
-        "they",
-        "this",
-        "those",
-        "through",
-        "thus",
-        "too",
-        "touches",
-        "misses",
-        "under",
-        "upon",
-        "verdict",
-        "very",
-        "was",
-        "were",
-        "what",
-        "when",
-        "where",
-        "whether",
-        "which",
-        "while",
-        "who",
-        "whole",
-        "will",
-        "with",
-        "within",
-        "without",
-        "would",
-        "yes",
-        "you",
-        "your",
-    ]
-)
+# words of English, and of what every critique says of every region
+COMMON = """
+about above after all also and any apart are area areas because been being below between both but can class
+contains could cover covers does each fill fills for from had has have her here him his holds how into its itself
+just less lies like likely located made may mainly model more most mostly much near not only onto other our out
+over part parts picture image pixel pixels rather region regions relevant irrelevant spurious said same see seems
+shape should show shows since some such than that the their them then there therefore these they this those
+through thus too touches misses under upon verdict very was were what when where whether which while who whole
+will with within without would yes you your
+"""
+STOP_WORDS = frozenset(COMMON.split())
 
 
 @dataclass(frozen=True)
@@ -370,8 +250,10 @@ def _characteristic(says: np.ndarray, chosen: np.ndarray, terms: Sequence[str]) 
     inside = says[chosen].mean(0)
     outside = says[others].mean(0) if others.any() else np.zeros(len(terms))
     lead = inside - outside
-    order = sorted(np.flatnonzero((lead >= CHARACTERISTIC_FROM) & (inside >= 0.5)), key=lambda t: (-lead[t], terms[t]))
-    return [terms[term] for term in order[:3]]
+    order = sorted(
+        np.flatnonzero((lead >= CHARACTERISTIC_FROM) & (inside >= 0.5)), key=lambda t: (-lead[t], terms[int(t)])
+    )
+    return [terms[int(term)] for term in order[:3]]
 
 
 def _name(described: np.ndarray, words: Sequence[str]) -> str:

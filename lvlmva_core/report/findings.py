@@ -16,6 +16,7 @@ from lvlmva_core.outputs import SUBJECT
 from lvlmva_core.overrides import Key, Override, Tie
 from lvlmva_core.pattern_names import with_names
 from lvlmva_core.report import diagnostics, figures, tables
+from lvlmva_core.report.captions import CAPTIONS
 from lvlmva_core.report.changes import change_tables
 from lvlmva_core.report.costs import Endpoints, costs_of
 from lvlmva_core.report.gallery import Gallery
@@ -79,44 +80,31 @@ def figures_of(found: Findings) -> dict[str, tuple[str, Figure]]:
     test = table[table["split"] == "test"]
     seeds = content["methods"][SUBJECT]["seeds"]
     features = {METHODS[name].label: of_method for name, of_method in found.features.items()}
-    return {
-        "outcome": (
-            "Before and after, on the test split; bars are means over seeds, whiskers standard deviations.",
-            figures.outcome_figure(tables.bars(content), caption),
-        ),
-        "differences": (
-            "Difference to the one base model; bars are means over seeds, whiskers standard deviations.",
-            figures.differences_figure(tables.differences(content), seeds, caption),
-        ),
-        "panel": (
-            "Alignment samples, class by class in turn, most masked attribution first; red raises the logit.",
-            panel_of(table, found.shown, found.pictures, names, who, *found.panel, overlay=overlay),
-        ),
-        "curves": (
-            "Validation accuracy during alignment.",
-            figures.curves_figure(found.curves, found.base_accuracy),
-        ),
+    drawn = {
+        "outcome": figures.outcome_figure(tables.bars(content), caption),
+        "differences": figures.differences_figure(tables.differences(content), seeds, caption),
+        "panel": panel_of(table, found.shown, found.pictures, names, who, *found.panel, overlay=overlay),
+        "curves": figures.curves_figure(found.curves, found.base_accuracy),
         **({} if spurious is None else {"entropy": _entropy(found, spurious)}),
-        "embeddings": (
-            "Embeddings of test samples before and after alignment.",
-            diagnostics.embeddings_figure(
-                features, test["label"].to_numpy(), None if spurious is None else spurious[test.index], names
-            ),
+        "embeddings": diagnostics.embeddings_figure(
+            features, test["label"].to_numpy(), None if spurious is None else spurious[test.index], names
         ),
     }
+    return {name: (CAPTIONS[name], figure) for name, figure in drawn.items()}
 
 
-def _entropy(found: Findings, spurious: np.ndarray) -> tuple[str, Figure]:
+def _entropy(found: Findings, spurious: np.ndarray) -> Figure:
     has = spurious[rows_of_ids(found.samples, found.entropies["id"].tolist())]
     entropies = found.entropies["entropy"].to_numpy()
-    return (
-        "Output entropy of training samples with and without the spurious feature.",
-        diagnostics.entropy_figure(entropies, has, found.content["entropy"]["auroc"]),
-    )
+    return diagnostics.entropy_figure(entropies, has, found.content["entropy"]["auroc"])
 
 
 def page_of(found: Findings, shown: Shown, pictures: Mapping[str, Path], params: str, folder: Path) -> str:
-    """The page, in HTML, one file. pictures: caption -> PNG. params: the text of params.yaml. folder: of `render_page`."""
+    """The page, in HTML, one file.
+
+    Args:
+        pictures: caption -> PNG. params: the text of params.yaml. folder: of `page.render_page`.
+    """
     gallery, feature = shown.gallery, found.about["spurious_feature"]
     patterns, rare = gallery.patterns(shown.images)
     patterns = with_names(patterns, gallery, shown.names)
@@ -168,4 +156,5 @@ def page_data(
 def _shown_of(kept: int, all_samples: int) -> str:
     if kept == all_samples:
         return ""
-    return f"Shown: {kept} of {all_samples}, most masked first in each class (report.gallery_samples, report.max_megabytes)."
+    limits = "report.gallery_samples, report.max_megabytes"
+    return f"Shown: {kept} of {all_samples}, most masked first in each class ({limits})."

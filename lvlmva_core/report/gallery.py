@@ -82,7 +82,7 @@ class Gallery:
         return {} if row is None else row.by_region()
 
     def rejected(self, n: int) -> list[int]:
-        """Regions that are masked, wholly or by some votes; where no masks are there, those that the critic rejected."""
+        """Regions that are masked, wholly or by some votes; those that the critic rejected where no masks are there."""
         if self.masked is None:
             return [region for region, verdict in self.by_critic(n).items() if verdict == "no"]
         return [region for region, weight in (self.masked[n] or {}).items() if weight > 0]
@@ -223,7 +223,8 @@ def with_masks(
 
     Args:
         masked: samples, and their masks (n, H, W), bool or weights 0..1, as `samples.read_penalised` gives them.
-        left_out: sample -> why it has no mask. resolved: at most one a region; those of other segmentations are left out.
+        left_out: sample -> why it has no mask.
+        resolved: at most one a region; those of other segmentations are left out.
 
     Raises:
         InputError: the masks are of other regions.

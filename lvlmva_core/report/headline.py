@@ -16,6 +16,7 @@ WORDS = {  # metric -> what it is, for somebody who meets it here
     "reliance_true": "moved by the spurious feature, in standard deviations",
     "reliance": "moved by what was rejected, as a share of the logit",
 }
+PAST, PRESENT = ("put", "gave way", "was"), ("puts", "gives way", "is")
 LESS_IS_BETTER = ("reliance", "reliance_true")
 
 
@@ -66,26 +67,26 @@ def headline_of(content: Mapping[str, Any], feature: str) -> Headline:
             )
         )
     return Headline(
-        f"The base model {_looks(base, feature)}.",
-        f"After alignment it {_looks(subject, feature)}.",
+        f"Before, the model {_looks(base, f'the spurious feature ({feature})', PAST)}.",
+        f"Now it {_looks(subject, 'it', PRESENT)}.",
         _tests(content, seeds),
         figures,
     )
 
 
-def _looks(of: Mapping[str, Any], feature: str) -> str:
+def _looks(of: Mapping[str, Any], feature: str, verbs: tuple[str, str, str]) -> str:
     """What a model looks at and how often it is right, in words."""
     parts = []
     if "mu_align" in of:
-        parts.append(f"puts {1 - _mean(of['mu_align']):.0%} of its attribution on the spurious feature ({feature})")
+        parts.append(f"{verbs[0]} {1 - _mean(of['mu_align']):.0%} of its attribution on {feature}")
     if "reliance_true" in of:
-        parts.append(f"is moved by it by {_mean(of['reliance_true']):.2f} standard deviations")
+        parts.append(f"{verbs[1]} to it by {_mean(of['reliance_true']):.2f} standard deviations of its output")
     elif "reliance" in of:
-        parts.append(f"is moved by what was rejected by {_mean(of['reliance']):.0%} of its logit")
-    right = f"is right on {_mean(of['accuracy']):.0%} of the test pictures"
+        parts.append(f"{verbs[1]} to what was rejected by {_mean(of['reliance']):.0%} of its logit")
+    right = f"{verbs[2]} right on {_mean(of['accuracy']):.0%} of the test pictures"
     if "wga" in of:
-        right += f", and on {_mean(of['wga']):.0%} in the group where it is worst"
-    return ", ".join([*parts, right]) if len(parts) < 2 else f"{', '.join(parts)}, and {right}"
+        right += f" ({_mean(of['wga']):.0%} in its worst group)"
+    return f"{', '.join(parts)} and {right}" if parts else right
 
 
 def _tests(content: Mapping[str, Any], seeds: int) -> str:

@@ -25,7 +25,7 @@ def cards(gallery: Gallery, patterns: Sequence[Pattern], images: np.ndarray) -> 
             ((share, k) for k, share in enumerate(pattern.shares) if np.isfinite(share) and share >= SAID_SHARE),
             key=lambda pair: (-pair[0], pair[1]),
         )
-        brightest = max(float(pattern.heat.max()), np.finfo(np.float32).tiny)
+        brightest = max(float(pattern.heat.max()), 1e-12)
         heats = [
             {
                 "url": data_url(_large(heat_over(pattern.heat[k], means[k], brightest)), SIDE, QUALITY),
@@ -75,7 +75,7 @@ def pattern_data(gallery: Gallery, patterns: Sequence[Pattern]) -> list[dict[str
 def _sentence(gallery: Gallery, pattern: Pattern, seen: Sequence[tuple[float, int]]) -> str:
     said = [f"{share:.0%} of the samples of class {gallery.classes[k]}" for share, k in seen[:4]]
     if len(seen) > 4:
-        said.append(f"some of {len(seen) - 4} more classes")
+        said.append(f"some of {len(seen) - 4} other class{'' if len(seen) == 5 else 'es'}")
     where = pattern.name.partition(",")[0]
     place = "all over the picture" if where.startswith("spread") else f"at the {where}"
     return f"In {_listed(said)} the model looks {place}, at what was found irrelevant."

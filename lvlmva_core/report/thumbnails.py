@@ -1,4 +1,4 @@
-"""Pictures of the gallery as text that a page holds: small, as good as a budget of bytes allows, the same every time."""
+"""Pictures of the gallery as text in a page: as good as a budget of bytes allows, the same bytes every time."""
 
 import base64
 import io

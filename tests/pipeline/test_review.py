@@ -122,6 +122,8 @@ def test_no_path_leads_out_of_the_page(server: ReviewServer) -> None:
         "/api/samples/-1/image.png",
         "/api/samples/6/image.png",
         "/api/samples/0/mask.png",
+        "/api/samples/0/after.png",  # nothing was aligned yet
+        "/index.html",
         "/api/samples/99999999999999999999/labels",
     ):
         answer = server.get(path)
@@ -145,7 +147,7 @@ def test_what_a_model_wrote_is_data_and_the_page_runs_nothing_inline(server: Rev
     html = page.body.decode()
     assert re.findall(r"<script(?![^>]* src=)", html) == []
     assert re.findall(r"\s(on\w+|style)=", html) == []
-    for script in ("dom.js", "picture.js", "review.js"):
+    for script in ("dom.js", "disk.js", "gallery.js", "patterns.js", "picture.js", "review.js", "server.js"):
         found = server.get(f"/{script}")
         assert found.headers["content-type"].startswith("text/javascript")
         assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b", found.body.decode())
@@ -169,7 +171,7 @@ def test_the_page_is_told_what_the_stages_wrote(server: ReviewServer) -> None:
             assert region["verdict"] == ("no" if region["region"] == 2 else "yes")
             assert region["asked"] == ((n, region["region"]) != (COUNT - 1, 1))
         assert server.get(f"/api/samples/{n}/labels").body == segments[n].tobytes()
-    for kind in ("image", "attribution", "overlay"):
+    for kind in ("image", "before"):
         answer = server.get(f"/api/samples/0/{kind}.png")
         assert (answer.headers["content-type"], answer.body[:8]) == ("image/png", b"\x89PNG\r\n\x1a\n")
     assert server.get("/api/found?words=CORNER+sample").json() == [1, 2, 3, 4, 5]
