@@ -73,13 +73,13 @@ export function shapesOf(labels, height, width, regions) {
 }
 
 // Stripes over what is masked, told from the picture below on dark and on light.
-export function hatch(id, size) {
+export function hatch(id, size, strength = 1) {
   const step = size / 16;
   return svg(
     "pattern",
     { id, width: step, height: step, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)" },
-    svg("rect", { width: step, height: step, fill: "#000", "fill-opacity": 0.35 }),
-    svg("rect", { width: step / 2, height: step, fill: "#fff", "fill-opacity": 0.55 }),
+    svg("rect", { width: step, height: step, fill: "#000", "fill-opacity": 0.35 * strength }),
+    svg("rect", { width: step / 3, height: step, fill: "#fff", "fill-opacity": 0.6 * strength }),
   );
 }
 
@@ -90,7 +90,7 @@ export function thumbnail({ url, label, shapes, rejected, height, width }) {
   const id = `hatch-${hatches++}`;
   const drawn = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label });
   drawn.append(svg("image", { href: url, width, height, preserveAspectRatio: "none", class: "pixels" }));
-  if (rejected.length > 0) drawn.append(svg("defs", {}, hatch(id, Math.max(width, height))));
+  if (rejected.length > 0) drawn.append(svg("defs", {}, hatch(id, Math.max(width, height), 0.5)));
   for (const region of rejected) {
     const { path, pixels } = shapes.get(region);
     drawn.append(

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from lvlmva_core.metrics import METRICS
 from lvlmva_core.outputs import BASE, SUBJECT
@@ -22,7 +22,7 @@ LESS_IS_BETTER = ("reliance", "reliance_true")
 
 @dataclass(frozen=True)
 class Figure:
-    """A metric before and after: texts. better: whether it went the right way; None where it did not move."""
+    """A metric before and after: texts. change: which way it went; "even" where by no more than twice its spread."""
 
     heading: str
     words: str
@@ -30,15 +30,19 @@ class Figure:
     after: str
     spread: str
     control: str
-    better: bool | None
+    change: Literal["better", "worse", "even"]
 
 
 @dataclass(frozen=True)
 class Headline:
-    """before, after: a sentence each. tests: what the tests say. figures: the metrics that are known."""
+    """before, after: a sentence each. control: what fine-tuning does without masks, or "". tests: what they say.
+
+    figures: the metrics that are known.
+    """
 
     before: str
     after: str
+    control: str
     tests: str
     figures: list[Figure]
 
@@ -53,8 +57,6 @@ def headline_of(content: Mapping[str, Any], feature: str) -> Headline:
         if name not in base or name not in subject:
             continue
         before, after = _mean(base[name]), _mean(subject[name])
-        moved = round(after - before, 3)
-        up = moved > 0
         figures.append(
             Figure(
                 METRICS[name].heading or name,
@@ -63,12 +65,13 @@ def headline_of(content: Mapping[str, Any], feature: str) -> Headline:
                 f"{after:.3f}",
                 f"± {subject[name]['std']:.3f} over {seeds} seeds" if seeds > 1 else "one seed",
                 f"{_mean(control[name]):.3f}" if name in control else "",
-                None if moved == 0 else up != (name in LESS_IS_BETTER),
+                _change(after - before, subject[name], name in LESS_IS_BETTER),
             )
         )
     return Headline(
         f"Before, the model {_looks(base, f'the spurious feature ({feature})', PAST)}.",
         f"Now it {_looks(subject, 'it', PRESENT)}.",
+        _control(content),
         _tests(content, seeds),
         figures,
     )
@@ -87,6 +90,28 @@ def _looks(of: Mapping[str, Any], feature: str, verbs: tuple[str, str, str]) -> 
     if "wga" in of:
         right += f" ({_mean(of['wga']):.0%} in its worst group)"
     return f"{', '.join(parts)} and {right}" if parts else right
+
+
+def _change(moved: float, of: Any, less_is_better: bool) -> Literal["better", "worse", "even"]:
+    spread = of["std"] if isinstance(of, dict) else 0.0
+    if abs(moved) <= max(2 * spread, 5e-4):
+        return "even"
+    return "better" if (moved > 0) != less_is_better else "worse"
+
+
+def _control(content: Mapping[str, Any]) -> str:
+    """What of the difference the masks make: fine-tuning alone changes a model, too."""
+    tests = content["tests"].get(SUBJECT, {})
+    name = next((name for name in ("wga", "accuracy") if "lambda_zero" in tests.get(name, {})), None)
+    if name is None:
+        return ""
+    found = tests[name]["lambda_zero"]["difference"]
+    alone = _mean(content["methods"]["lambda_zero"]["test"][name])
+    heading = METRICS[name].heading
+    return (
+        f"Fine-tuning without masks (λ = 0) reaches {heading} {alone:.3f}; with the masks it is {found['mean']:+.3f} "
+        f"± {found['std']:.3f} from there."
+    )
 
 
 def _tests(content: Mapping[str, Any], seeds: int) -> str:

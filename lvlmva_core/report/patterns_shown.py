@@ -73,9 +73,10 @@ def pattern_data(gallery: Gallery, patterns: Sequence[Pattern]) -> list[dict[str
 
 
 def _sentence(gallery: Gallery, pattern: Pattern, seen: Sequence[tuple[float, int]]) -> str:
-    said = [f"{share:.0%} of the samples of class {gallery.classes[k]}" for share, k in seen[:4]]
-    if len(seen) > 4:
-        said.append(f"some of {len(seen) - 4} other class{'' if len(seen) == 5 else 'es'}")
+    named = seen if len(seen) <= 5 else seen[:4]
+    said = [f"{share:.0%} of the samples of class {gallery.classes[k]}" for share, k in named]
+    if len(named) < len(seen):
+        said.append(f"some of {len(seen) - len(named)} other classes")
     where = pattern.name.partition(",")[0]
     place = "all over the picture" if where.startswith("spread") else f"at the {where}"
     return f"In {_listed(said)} the model looks {place}, at what was found irrelevant."
