@@ -78,20 +78,20 @@ class Content(Gallery):
         patterns, rare = self.patterns(images)
         return patterns, rare, cards(self, patterns, images)
 
-    def named(self) -> list[Pattern]:
+    def named_patterns(self) -> list[Pattern]:
         """The patterns by the names that experts gave them."""
         return with_names(self.found[0], self, read_names(self.known["overrides"]))
 
     def data(self) -> dict[str, Any]:
         """What the page's scripts know at once; JSON-able."""
         samples = [{**sample, "after": sample["id"] in self.explained} for sample in self.page["samples"]]
-        return {**self.page, "samples": samples, "patterns": pattern_data(self, self.named())}
+        return {**self.page, "samples": samples, "patterns": pattern_data(self, self.named_patterns())}
 
     def report(self) -> Page:
         """What stands on the page beside its samples: what was measured so far."""
         about = read_attrs(self.known["images"])
         _, rare, shown = self.found
-        named = [{**card, "name": pattern.name} for card, pattern in zip(shown, self.named(), strict=True)]
+        named = [{**card, "name": pattern.name} for card, pattern in zip(shown, self.named_patterns(), strict=True)]
         page = Page(f"LVLM-VA on {about.get('dataset', 'these pictures')}: review", patterns=named, rare=rare)
         if not self.known["evaluation"].exists():
             return page

@@ -19,9 +19,12 @@ class Segmented(Protocol):
     """Samples and the digests of their segmentations, by row."""
 
     @property
-    def ids(self) -> list[str]: ...
+    def ids(self) -> list[str]:
+        """Of the samples."""
+
     @property
-    def digests(self) -> list[str]: ...
+    def digests(self) -> list[str]:
+        """Of their label maps."""
 
 
 def read_names(overrides: Path) -> dict[Key, str]:

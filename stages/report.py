@@ -12,8 +12,7 @@ from lvlmva_core.outputs import BASE, SUBJECT, read_outputs
 from lvlmva_core.overrides import read_reviews, resolve
 from lvlmva_core.pattern_names import read_names
 from lvlmva_core.report.costs import endpoints_of
-from lvlmva_core.report.figures import save_figure
-from lvlmva_core.report.findings import Findings, Shown, figures_of, page_of
+from lvlmva_core.report.findings import Findings, Shown, page_of, save_figures
 from lvlmva_core.report.gallery import read_gallery, with_masks, with_truth
 from lvlmva_core.samples import read_images, read_penalised, read_samples, rows_of_ids
 
@@ -44,15 +43,9 @@ def report(
     about, explained, table = read_attrs(images), read_attrs(explanations), read_samples(samples)
     after, said = read_array(explanations, "attributions"), resolve(read_reviews(overrides).events)
     gallery = read_gallery(images, samples, segments, attributions, entropies, reliance, critiques, verdicts)
-    gallery = with_masks(gallery, read_penalised(masks), read_attrs(masks)["left_out"], said[0])
-    gallery = with_truth(gallery, spurious_masks, loaded.compare.overlap)
+    gallery = with_truth(with_masks(gallery, masks, said[0]), spurious_masks, loaded.compare.overlap)
     shown = list(explained["ids"])[: explained["panel"]]
-    parts = {
-        "before": ({"ids": gallery.ids}, gallery.attributions),
-        "segments": ({"ids": gallery.ids}, gallery.label_maps),
-        "masks": (read_attrs(masks), read_penalised(masks)[1]),
-        "after": (explained, after),
-    }
+    parts = {**gallery.named(), "masks": (read_attrs(masks), read_penalised(masks)[1]), "after": (explained, after)}
     found = Findings(
         content=read_json(evaluation),
         about=about,
@@ -66,10 +59,6 @@ def report(
         pictures=read_images(images, rows_of_ids(table, shown)),
         panel=(parts, read_array(explanations, "masked_share")[: len(shown)]),
     )
-    drawn = figures_of(found)
-    for name, (_, figure) in drawn.items():
-        save_figure(figure, reports / f"{name}.png")
-    pictures = {caption: reports / f"{name}.png" for name, (caption, _) in drawn.items()}
     of_page = Shown(
         gallery=gallery,
         images=read_images(images, gallery.rows),
@@ -79,7 +68,7 @@ def report(
         endpoints=endpoints_of([*loaded.critique.all_critics(), loaded.judge]),
         at_most=loaded.report.limits(),
     )
-    page = page_of(found, of_page, pictures, params.read_text(encoding="utf-8"), FOLDER)
+    page = page_of(found, of_page, save_figures(found, reports), params.read_text(encoding="utf-8"), FOLDER)
     (reports / "report.html").write_text(page, encoding="utf-8")
 
 

@@ -93,6 +93,14 @@ def figures_of(found: Findings) -> dict[str, tuple[str, Figure]]:
     return {name: (CAPTIONS[name], figure) for name, figure in drawn.items()}
 
 
+def save_figures(found: Findings, folder: Path) -> dict[str, Path]:
+    """Write the figures into a folder as PNG; returns caption -> file."""
+    drawn = figures_of(found)
+    for name, (_, figure) in drawn.items():
+        figures.save_figure(figure, folder / f"{name}.png")
+    return {caption: folder / f"{name}.png" for name, (caption, _) in drawn.items()}
+
+
 def _entropy(found: Findings, spurious: np.ndarray) -> Figure:
     has = spurious[rows_of_ids(found.samples, found.entropies["id"].tolist())]
     entropies = found.entropies["entropy"].to_numpy()

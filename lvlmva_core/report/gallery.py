@@ -17,7 +17,14 @@ from lvlmva_core.overrides import Override
 from lvlmva_core.patterns import Pattern, find_patterns, words_of_regions
 from lvlmva_core.regions import Overlap, attribution_shares, overlaps, segmentation_digest
 from lvlmva_core.render import PALETTE
-from lvlmva_core.samples import groups_known, read_class_names, read_samples, read_spurious_masks, rows_of_ids
+from lvlmva_core.samples import (
+    groups_known,
+    read_class_names,
+    read_penalised,
+    read_samples,
+    read_spurious_masks,
+    rows_of_ids,
+)
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,11 @@ class Gallery:
             "width": self.label_maps.shape[2],
             "samples": [self._sample(n) for n in range(len(self.ids))],
         }
+
+    def named(self) -> dict[str, tuple[dict[str, Any], np.ndarray]]:
+        """Attributions and label maps with the samples that their rows are, as a panel takes them."""
+        of_all = {"ids": self.ids}
+        return {"before": (of_all, self.attributions), "segments": (of_all, self.label_maps)}
 
     def critique(self, n: int) -> str:
         """What the critic wrote of a sample, or why it wrote nothing."""
@@ -213,22 +225,16 @@ def read_gallery(
     return gallery
 
 
-def with_masks(
-    gallery: Gallery,
-    masked: tuple[Sequence[str], np.ndarray],
-    left_out: Mapping[str, str],
-    resolved: Sequence[Override],
-) -> Gallery:
+def with_masks(gallery: Gallery, masks: Path, resolved: Sequence[Override]) -> Gallery:
     """The gallery with what is masked, and what reviewers decided.
 
     Args:
-        masked: samples, and their masks (n, H, W), bool or weights 0..1, as `samples.read_penalised` gives them.
-        left_out: sample -> why it has no mask.
-        resolved: at most one a region; those of other segmentations are left out.
+        masks: as the stage `mask` wrote them. resolved: at most one a region; those of other segmentations do not count.
 
     Raises:
         InputError: the masks are of other regions.
     """
+    masked = read_penalised(masks)
     row_of = {sample: row for row, sample in enumerate(masked[0])}
     found: list[dict[int, float] | None] = []
     for n, sample in enumerate(gallery.ids):
@@ -240,11 +246,11 @@ def with_masks(
         of_label = np.zeros(256, dtype=masked[1].dtype)
         of_label[present] = mask.ravel()[first]
         if not np.array_equal(of_label[label_map], mask):
-            raise InputError(f"the mask of '{sample}' is of another segmentation; run `dvc repro mask`")
+            raise InputError(f"{masks}: the mask of '{sample}' is of another segmentation; run `dvc repro mask`")
         found.append({region: float(of_label[region]) for region in gallery.shares[n]})
     digest_of = dict(zip(gallery.ids, gallery.digests, strict=True))
     given = {(each.sample, each.region): each for each in resolved if digest_of.get(each.sample) == each.segmentation}
-    return replace(gallery, masked=found, left_out=left_out, given=given)
+    return replace(gallery, masked=found, left_out=read_attrs(masks)["left_out"], given=given)
 
 
 def with_truth(gallery: Gallery, spurious_masks: Path, rule: Overlap) -> Gallery:
