@@ -229,7 +229,8 @@ def with_masks(gallery: Gallery, masks: Path, resolved: Sequence[Override]) -> G
     """The gallery with what is masked, and what reviewers decided.
 
     Args:
-        masks: as the stage `mask` wrote them. resolved: at most one a region; those of other segmentations do not count.
+        masks: as the stage `mask` wrote them.
+        resolved: at most one a region; those of other segmentations do not count.
 
     Raises:
         InputError: the masks are of other regions.
