@@ -542,7 +542,11 @@ function bind() {
     }
   };
   $("who-start").addEventListener("click", enter);
-  $("who-name").addEventListener("keydown", (event) => event.key === "Enter" && enter());
+  $("who-name").addEventListener("keydown", (event) => {
+    if (event.key !== "Enter") return;
+    event.preventDefault(); // else the same key presses the button that the focus returns to
+    enter();
+  });
   $("who-box").addEventListener("cancel", () => (afterName = null));
   // another tab of the same reviewer may have gone on
   document.addEventListener("visibilitychange", () => {

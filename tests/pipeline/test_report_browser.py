@@ -56,7 +56,7 @@ def open_file(browser: Any, path: Path, **context: Any) -> tuple[Any, list[str]]
     own = (path.as_uri(), "data:", "blob:")
     page.on("request", lambda asked: asked.url.startswith(own) or complaints.append(asked.url))
     page.goto(path.as_uri())
-    page.locator("#grid .card svg").first.wait_for()
+    page.locator("#grid .card").first.wait_for(state="attached")
     return page, complaints
 
 
@@ -144,6 +144,7 @@ def test_verdicts_by_mouse_and_key_stay_and_are_downloaded(
     # opened again, all is there, and goes on
     page.reload()
     page.locator("#counter", has_text=f"1 of {COUNT} reviewed").wait_for()
+    page.keyboard.press("r")  # it was opened where it was left: at a sample
     name = page.locator(".pattern .name").first
     name.fill("the right edge")
     name.press("Enter")
@@ -182,7 +183,9 @@ def test_verdicts_by_mouse_and_key_stay_and_are_downloaded(
 
 def test_a_browser_that_keeps_nothing_says_so(browser: Any, report: tuple[Path, Gallery]) -> None:
     page, complaints = open_file(browser, report[0], viewport={"width": 360, "height": 740}, has_touch=True)
-    page.evaluate("Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError') }")
+    page.evaluate(
+        "() => { Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError') } }"
+    )
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     assert barriers(page) == []
     page.locator("#grid .card").first.click()
@@ -234,8 +237,13 @@ def test_a_thousand_samples_within_a_few_megabytes(browser: Any, report: tuple[P
     path.write_text(text, encoding="utf-8")
     assert sum(len(str(value)) for each in encoded for value in each.values()) <= budget
     page, complaints = open_file(browser, path, viewport={"width": 1280, "height": 900})
-    ready = page.evaluate("performance.now()")
-    assert ready < 10_000  # milliseconds; 2 s where nothing else runs
+    # what the page's own work takes, and not what else runs on the machine: under 2 s on an idle one
+    timing = page.context.new_cdp_session(page)
+    timing.send("Performance.enable", {"timeDomain": "threadTicks"})
+    page.reload()
+    page.locator("#grid .card svg").first.wait_for(state="attached")
+    spent = {each["name"]: each["value"] for each in timing.send("Performance.getMetrics")["metrics"]}
+    assert 0 < spent["TaskDuration"] < 2
     assert page.locator("#grid .card").count() == n
     assert page.locator("#grid .card svg").count() < 200  # the others wait until they are seen
     page.locator("#grid .card").last.scroll_into_view_if_needed()
