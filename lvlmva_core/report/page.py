@@ -6,10 +6,11 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from lvlmva_core.report.headline import Headline
@@ -74,6 +75,12 @@ def render_page(page: Page, folder: Path, data: Mapping[str, Any] | None = None)
         data: what the scripts show, where the page is to be one file: they stand in it then, and by its policy it loads
             nothing and runs nothing else. None where a server sends all that.
     """
+    inline = None if data is None else _inline(folder, data)
+    return _template(folder).render(vars(page), inline=inline)
+
+
+@cache
+def _template(folder: Path) -> Template:
     environment = Environment(
         loader=FileSystemLoader(folder),
         autoescape=True,
@@ -81,8 +88,7 @@ def render_page(page: Page, folder: Path, data: Mapping[str, Any] | None = None)
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    inline = None if data is None else _inline(folder, data)
-    return environment.get_template("index.html").render(vars(page), inline=inline)
+    return environment.get_template("index.html")
 
 
 def one_script(folder: Path, entry: str = ENTRY) -> str:

@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,10 +99,8 @@ def runs(labels: np.ndarray) -> bytes:
 
 def signed_picture(attribution: np.ndarray, limit: float) -> np.ndarray:
     """Blue below, white at, red above zero: float (H, W) -> uint8 (H, W, 3); the colours end at `limit`."""
-    from matplotlib import colormaps
-
     level = np.clip(attribution / (2 * limit) + 0.5, 0, 1)
-    return np.asarray(colormaps["RdBu_r"](level, bytes=True)[..., :3])
+    return _colours_of("RdBu_r")[np.rint(255 * level).astype(np.uint8)]
 
 
 def data_url(picture: np.ndarray, side: int, quality: int) -> str:
@@ -117,6 +116,14 @@ def data_url(picture: np.ndarray, side: int, quality: int) -> str:
         kind = "webp"
         image.save(buffer, format="WEBP", quality=quality, method=2)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+@cache
+def _colours_of(name: str) -> np.ndarray:
+    """A colour map of matplotlib as a table: uint8 (256, 3)."""
+    from matplotlib import colormaps
+
+    return np.asarray(colormaps[name](np.arange(256), bytes=True)[:, :3])
 
 
 def _encoded(gallery: Gallery, n: int, image: np.ndarray, after: np.ndarray | None, step: Step) -> dict[str, Any]:
@@ -144,9 +151,7 @@ def heat_over(heat: np.ndarray, mean: np.ndarray, brightest: float) -> np.ndarra
     Args:
         heat: float (H, W) >= 0. mean: float (C, H, W), 0..255. brightest: the value that is shown brightest.
     """
-    from matplotlib import colormaps
-
-    level = np.clip(heat / brightest, 0, 1)
-    colours = colormaps["inferno"](np.sqrt(level))[..., :3] * 255
-    opacity = 0.35 + 0.65 * np.sqrt(level)[..., None]
+    level = np.sqrt(np.clip(heat / brightest, 0, 1))
+    colours = _colours_of("inferno")[np.rint(255 * level).astype(np.uint8)]
+    opacity = 0.35 + 0.65 * level[..., None]
     return np.asarray(np.rint((1 - opacity) * mean.mean(0)[..., None] + opacity * colours), dtype=np.uint8)
