@@ -124,22 +124,21 @@ def tf_idf(texts: Sequence[str]) -> tuple[np.ndarray, list[str]]:
 def group_patterns(described: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Group regions by place, likeness and words: int64 (n,), groups numbered by first appearance.
 
-    Average linkage (scikit-learn) with the weights of `lvlmva_core.audit.group_regions`, and words beside them: texts
+    Average linkage (scipy) with the weights of `lvlmva_core.audit.group_regions`, and words beside them: texts
     without a common word are WORDS_WEIGHT of a picture's side apart. Of more than MOST_JOINED regions, evenly spaced
     ones are joined and the others go to the group with the nearest mean.
 
     Args:
         described: (n, 3 + C), of `describe_regions`. weights: (n, V), of `tf_idf`.
     """
-    from sklearn.cluster import AgglomerativeClustering
+    from scipy.cluster.hierarchy import fcluster, linkage
 
     n = len(described)
     if n < 2:
         return np.zeros(n, dtype=np.int64)
     features = _features(described, weights)
     joined = np.arange(n) if n <= MOST_JOINED else np.unique(np.linspace(0, n - 1, MOST_JOINED).round().astype(int))
-    found = AgglomerativeClustering(n_clusters=None, distance_threshold=JOINED_WITHIN, linkage="average")
-    labels = found.fit(features[joined]).labels_
+    labels = fcluster(linkage(features[joined], "average"), JOINED_WITHIN, "distance") - 1
     if len(joined) < n:
         means = np.stack([features[joined[labels == k]].mean(0) for k in range(labels.max() + 1)])
         distances = (features**2).sum(1)[:, None] - 2 * features @ means.T + (means**2).sum(1)
