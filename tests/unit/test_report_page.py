@@ -121,7 +121,7 @@ def gallery(n: int, side: int) -> tuple[Gallery, np.ndarray]:
 def test_pictures_become_smaller_until_they_fit_and_then_samples_are_left_out() -> None:
     shown, images = gallery(20, 128)
     sizes = []
-    for budget in (10**7, 55_000, 30_000, 4_000):
+    for budget in (10**7, 600_000, 300_000, 100_000, 20_000):
         kept, encoded = thumbnails(shown, range(20), images, {"s3": shown.attributions[3]}, budget)
         size = sum(len(str(value).encode()) for each in encoded for value in each.values())
         sizes.append(size)
@@ -130,9 +130,9 @@ def test_pictures_become_smaller_until_they_fit_and_then_samples_are_left_out() 
         assert [each["after"] is None for each in encoded] == [n != 3 for n in kept]
         again = thumbnails(shown, range(20), images, {"s3": shown.attributions[3]}, budget)
         assert again == (kept, encoded)  # the same bytes
-        if budget >= 55_000:
+        if budget >= 100_000:
             assert len(kept) == 20
-    assert sizes[0] > sizes[1] > sizes[2] > sizes[3]
+    assert sizes == sorted(set(sizes), reverse=True)
     assert 0 < len(kept) < 20
     # the first picture as it was, but for what WebP takes
     whole = thumbnails(shown, [0], images, {}, 10**7)[1][0]
