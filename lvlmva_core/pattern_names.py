@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Protocol
 
 from lvlmva_core.errors import InputError
-from lvlmva_core.overrides import PATTERNS, Key, locked, reviewer_file, write_csv
+from lvlmva_core.overrides import PATTERNS, Key, locked, reviewer_file
 from lvlmva_core.patterns import Pattern
+from lvlmva_core.spreadsheet import write_csv
 
 COLUMNS = ["sample", "segmentation", "region", "name", "reviewer"]
 LONGEST = 80  # characters
