@@ -30,6 +30,8 @@ ENOUGH = 15.0  # seconds: with less left, a part is not begun
 GRACE = 5.0  # seconds between asking a process to end and ending it
 TAIL = 25  # lines of what a part said that are kept
 LONGEST = 400  # characters of such a line
+# as Python, this project and pandas say it
+MISSING = re.compile(r"\w*Error: (?:No module named '|lvlmva needs |`Import |Missing optional dependency ')([\w.]+)")
 DISTRIBUTIONS = ("torch", "torchvision", "numpy", "scipy", "captum", "pytest")
 
 
@@ -204,7 +206,7 @@ def _run_part(part: Part, of_step: float, of_all: float) -> Record:
             return record | {"end": "failed", "why": "it ended well and left no result"}
         return record | {"end": "done"}
     last = record["log"][-1] if record["log"] else "it said nothing"
-    if found := re.match(r"ModuleNotFoundError: No module named '([\w.]+)'", last):
+    if found := MISSING.match(last):
         return record | {"why": f"missing: module {found[1]}"}
     return record | {"end": "failed", "why": f"exit code {code}: {last}"}
 

@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,10 +107,8 @@ def tests(options: argparse.Namespace) -> Answer:
     files = [str(file) for file in sorted((ROOT / "tests").rglob("test_*.py")) if marked.search(file.read_text())]
     seen = _Outcomes()
     code = pytest.main(["-m", "gpu", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *files], plugins=[seen])
-    rows = [
-        {"outcome": name, "tests": list(seen.outcomes.values()).count(name)} for name in set(seen.outcomes.values())
-    ]
-    answer = {"rows": sorted(rows, key=lambda row: row["outcome"]), "notes": seen.reasons}
+    rows = [{"outcome": name, "tests": count} for name, count in sorted(Counter(seen.outcomes.values()).items())]
+    answer = {"rows": rows, "notes": seen.reasons}
     leave(options.json, answer)
     if code not in (0, 5):  # 5: none was collected
         sys.exit(int(code))
