@@ -405,6 +405,8 @@ def segmentation(options: argparse.Namespace) -> Answer:
         sys.exit("no CUDA device is here")
     counts, few = ([2], 2) if options.tiny else ([64, 256, 1024], 32)
     maps = attribution_like(max(counts))
+    if options.tiny:
+        maps = maps[:, ::7, ::7].contiguous()
     cpu_clock = Clock(torch.device("cpu"), 1)
     took, reference = cpu_clock.time(lambda: fit_weighted_gmm(maps[:few], J))
     threads = torch.get_num_threads()
@@ -456,7 +458,7 @@ def _resnet50(case: "Case", options: argparse.Namespace) -> Answer:
     from lvlmva_core.models import ModelSpec, build_model
 
     device = set_up_compute(options.device, 1 if options.tiny else 8)
-    steps, rounds, side = (1, 1, 32) if options.tiny else (24, 3, 224)
+    steps, rounds, side = (2, 1, 32) if options.tiny else (24, 3, 224)
     model = build_model(ModelSpec("resnet50", 3, side, side, 2, 1), seed=0).to(device)
     work = alignment.pictures(steps, device, side)
     ways = alignment.measured(case, model, work, [(1.0, 0)], rounds, together=False)
