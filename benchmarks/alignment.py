@@ -112,14 +112,29 @@ def plain(case: Case, model: nn.Module, work: Work, runs: list[tuple[float, int]
     return [_plain_run(case, copy.deepcopy(model), work, *run) for run in runs]
 
 
-def _plain_run(case: Case, model: nn.Module, work: Work, rrr_lambda: float, seed: int) -> Run:
+def plain_resident(case: Case, model: nn.Module, work: Work, runs: list[tuple[float, int]]) -> list[Run]:
+    """The same with batches picked on the device, where all samples lie."""
+    return [_plain_run(case, copy.deepcopy(model), work, *run, resident=True) for run in runs]
+
+
+def _plain_run(
+    case: Case, model: nn.Module, work: Work, rrr_lambda: float, seed: int, *, resident: bool = False
+) -> Run:
     n, device = len(work["masks"]), work["images"].device
     size = case.masked + TRAINING
     cpu = {key: tensor.cpu() for key, tensor in work.items()}
     training = TensorDataset(cpu["images"], cpu["labels"])
     masked = TensorDataset(cpu["images"][:n], cpu["labels"][:n], cpu["masks"])
     draws = _lists(len(training), TRAINING, 2 * seed), _lists(n, case.masked, 2 * seed + 1)
-    loaders = DataLoader(training, batch_sampler=draws[0]), iter(DataLoader(masked, batch_sampler=draws[1]))
+    loaders: tuple[Any, Any] = (
+        DataLoader(training, batch_sampler=draws[0]),
+        iter(DataLoader(masked, batch_sampler=draws[1])),
+    )
+    if resident:
+        loaders = (
+            ((work["images"][rows], work["labels"][rows]) for rows in draws[0]),
+            ((work["images"][rows], work["labels"][rows], work["masks"][rows]) for rows in draws[1]),
+        )
     optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
     steps = math.ceil(len(training) / TRAINING)
     totals = [0.0, 0.0]
@@ -181,10 +196,17 @@ def _as_python_starts(threads: int) -> None:
     torch.set_flush_denormal(True)
 
 
-def plain_timed(case: Case, model: nn.Module, work: Work, runs: list[tuple[float, int]], device: torch.device) -> Timed:
-    """The plain loop on a device, given and giving back what is on the processor: that crosses to another process."""
+def timed_there(
+    way: Callable[..., list[Run]],
+    case: Case,
+    model: nn.Module,
+    work: Work,
+    runs: list[tuple[float, int]],
+    device: torch.device,
+) -> Timed:
+    """A way on a device, given and giving back what is on the processor: that crosses to another process."""
     there = {key: tensor.to(device) for key, tensor in work.items()}
-    return _on_cpu(timed(functools.partial(plain, case), model.to(device), there, runs))
+    return _on_cpu(timed(functools.partial(way, case), model.to(device), there, runs))
 
 
 def _on_cpu(found: Timed) -> Timed:
@@ -245,23 +267,24 @@ def measured(
 
     together: whether several runs at a time differ from one after the other.
     """
+    device = work["images"].device
     ways: dict[str, Callable[..., list[Run]]] = {"plain loop": plain}
+    ways |= {"plain loop, data on the device": plain_resident} if device.type != "cpu" else {}
     ways |= {"ours, one at a time": one_by_one} if together else {}
     ways["ours, all in one call"] = ours
     start = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
     steps = math.ceil(len(work["images"]) / TRAINING) * len(runs)
     little = {**work, "images": work["images"][: 4 * TRAINING], "labels": work["labels"][: 4 * TRAINING]}
     found: dict[str, list[Timed]] = {name: [] for name in ways}
-    device = work["images"].device
     with concurrent.futures.ProcessPoolExecutor(
         1, multiprocessing.get_context("spawn"), _as_python_starts, (torch.get_num_threads(),)
     ) as elsewhere:
         for number in range(rounds + 1):  # in turn; what happens once (allocations, thread pools) is in the first
             for name, way in ways.items():
                 now, some = (work, runs) if number else (little, runs[:2])
-                if way is plain:
+                if way in (plain, plain_resident):
                     sent = copy.deepcopy(model).cpu(), {key: tensor.cpu() for key, tensor in now.items()}
-                    found[name].append(elsewhere.submit(plain_timed, case, *sent, some, device).result())
+                    found[name].append(elsewhere.submit(timed_there, way, case, *sent, some, device).result())
                 else:
                     found[name].append(_on_cpu(timed(functools.partial(way, case), model, now, some)))
     lines = []

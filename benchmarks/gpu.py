@@ -206,7 +206,7 @@ def _run_part(part: Part, of_step: float, of_all: float) -> Record:
             return record | {"end": "failed", "why": "it ended well and left no result"}
         return record | {"end": "done"}
     last = record["log"][-1] if record["log"] else "it said nothing"
-    if found := MISSING.match(last):
+    if found := MISSING.search(last):
         return record | {"why": f"missing: module {found[1]}"}
     return record | {"end": "failed", "why": f"exit code {code}: {last}"}
 
@@ -253,8 +253,12 @@ def describe_machine() -> dict[str, str]:
     facts = {"gpu": "none (nvidia-smi is not there)"}
     if shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-        asked = subprocess.run(query, capture_output=True, text=True, check=False, timeout=60)
-        facts["gpu"] = (asked.stdout or asked.stderr).strip().replace("\n", "; ")
+        try:
+            asked = subprocess.run(query, capture_output=True, text=True, check=False, timeout=60)
+        except subprocess.TimeoutExpired:
+            facts["gpu"] = "nvidia-smi does not answer"
+        else:
+            facts["gpu"] = (asked.stdout or asked.stderr).strip().replace("\n", "; ")
     info = Path("/proc/cpuinfo")
     names = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     cpu = next((line.partition(":")[2].strip() for line in names if line.startswith("model name")), platform.machine())

@@ -9,8 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from benchmarks import gpu
+from benchmarks.alignment import Case, deviations, ours, plain, plain_resident
 from benchmarks.gpu import Part, Record, Step, read_records, run, steps_of
 
 ROOT = Path(__file__).parents[2]
@@ -200,6 +203,20 @@ def test_every_part_is_there_and_the_docs_name_every_step() -> None:
     docs = (ROOT / "docs/gpu.md").read_text()
     for step in listed:
         assert f"| `{step.name}` |" in docs, step.name
+
+
+@pytest.mark.parametrize("case", [Case(4), Case(4, True, "bfloat16")])
+def test_the_plain_loop_takes_the_same_steps_wherever_its_batches_come_from(case: Case) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand((128, 3, 6, 6), generator=generator)
+    masks = torch.rand((32, 6, 6), generator=generator) < 0.5
+    work = {"images": images, "labels": torch.arange(128) % 2, "masks": masks}
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    loader, resident, own = (way(case, model, work, [(0.5, 0), (2.0, 1)]) for way in (plain, plain_resident, ours))
+    assert deviations(resident, loader, start) == (0.0, 0.0)
+    assert deviations(own, loader, start)[1] < (0.05 if case.precision == "bfloat16" else 1e-4)
+    assert any(not torch.equal(loader[0][0][name], tensor) for name, tensor in start.items())
 
 
 def test_wheels_are_of_the_locked_versions() -> None:
