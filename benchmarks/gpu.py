@@ -301,8 +301,13 @@ def page(steps: Sequence[Step], records: dict[tuple[str, str], Record]) -> str:
     """The results as Markdown."""
     machines = list({json.dumps(record["machine"]): record["machine"] for record in records.values()}.values())
     lines = ["# On a GPU", "", "Written by `python -m benchmarks.gpu`; what each step is for: docs/gpu.md.", ""]
+    if any("--tiny" in record["command"].split() for record in records.values()):
+        lines += [
+            "**Parts run with `--tiny` show that they run. Their figures measure nothing.**",
+            "",
+        ]
     for number, machine in enumerate(machines, 1):
-        lines.append(f"Machine {number}: {', '.join(f'{name} {value}' for name, value in machine.items())}.")
+        lines.append(f"- Machine {number}: {', '.join(f'{name} {value}' for name, value in machine.items())}.")
     lines += ["", "| step | part | end | seconds | machine | date |", "|---|---|---|---|---|---|"]
     for step in steps:
         for part in step.parts:

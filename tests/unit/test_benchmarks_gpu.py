@@ -108,7 +108,7 @@ def test_json_and_markdown_say_the_same(first: tuple[Path, list[Record], float])
     page = (out / "gpu.md").read_text()
     for record in records:
         assert f"| {record['step']} | {record['part']} | {record['end']}" in page
-    assert "Machine 1: gpu a stand-in, python 3." in page
+    assert "- Machine 1: gpu a stand-in, python 3." in page
     assert "| way | ms | x peer | remark |\n|---|---|---|---|\n| ours, one | 2 | 2.5 |  |" in page
     assert "| peer, other | 5 | 1 | a \\| b |" in page
     assert "A note." in page
@@ -136,7 +136,7 @@ def test_what_is_done_is_passed_over_and_the_rest_is_run(
     assert ends(later)["hangs"] == "cut"
     assert ends(later)["after"] == "not run"
     page = (folder / "out/gpu.md").read_text()
-    assert "Machine 2:" in page
+    assert "- Machine 2:" in page
     # another command is another measurement, whatever its name
     changed = [known[0]._replace(parts=[part("good", MEASURES)])]
     run(changed, folder / "out", again=False, limit=30, total=None, known=known)
@@ -188,6 +188,7 @@ def test_a_real_part_runs_at_its_smallest_size(tmp_path: Path) -> None:
     assert device["log-likelihood"] == cpu["log-likelihood"]
     page = (tmp_path / "out/gpu.md").read_text()
     assert page.count("Not measured yet.") == 6  # every other step is named
+    assert "Their figures measure nothing." in page
     assert "| attribution | attribution.graph | not run yet |" in page
     assert "no step nowhere; expected some of tests, attribution" in _options(tmp_path, "--steps", "nowhere").stderr
 
