@@ -138,8 +138,10 @@ def steps_of(options: argparse.Namespace) -> list[Step]:
 
 
 def _archive(data: Path | None, name: str) -> Path | None:
-    found = sorted(data.glob(f"{name}*.tar")) if data and data.is_dir() else []
-    return found[0] if found else None
+    if data is None:
+        return None
+    found = sorted(data.glob(f"{name}*.tar")) if data.is_dir() else []
+    return found[0] if found else data / f"{name}*.tar"  # which an error names
 
 
 # ------------------------------------------------------------------------------------------------------------ running
