@@ -562,7 +562,9 @@ def _study_answer(options: argparse.Namespace, results: Path, experiment: str, l
     marks = sorted(mark.name for mark in (options.work / "done").glob("*"))
     if not rows:
         rows = [{"way": options.name, "remark": "no base is complete yet"}]
-    return {"rows": rows, "notes": [f"{len(marks)} pieces of work are done. Last: {last}."]}
+    notes = [f"{len(marks)} pieces of work are done. Last: {last}."]
+    notes += ["With --tiny the small digits stand in for the pictures, and their MLP for ResNet50."] if options.tiny else []
+    return {"rows": rows, "notes": notes}
 
 
 def _means(rows: Any) -> Row:
