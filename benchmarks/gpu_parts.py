@@ -563,7 +563,7 @@ def _study_answer(options: argparse.Namespace, results: Path, experiment: str, l
     if not rows:
         rows = [{"way": options.name, "remark": "no base is complete yet"}]
     notes = [f"{len(marks)} pieces of work are done. Last: {last}."]
-    notes += ["With --tiny the small digits stand in for the pictures, and their MLP for ResNet50."] if options.tiny else []
+    notes += ["With --tiny digits stand in for the pictures, an MLP for ResNet50."] if options.tiny else []
     return {"rows": rows, "notes": notes}
 
 
