@@ -169,6 +169,13 @@ def rearranged(node: Node, samples: int) -> SampleAxis:
     return in_batches(node, samples)
 
 
+def folded(node: Node, samples: int) -> SampleAxis:
+    """Patches (n, C·k·k, L) back to (n, C, H, W)."""
+    if len(node.input_shapes[0]) != 3:
+        raise refuse(node, "has no batch dimension")
+    return in_batches(node, samples)
+
+
 def padded(node: Node, samples: int) -> SampleAxis:
     """Padding of other dimensions than the samples'."""
     axis, source = node.input_axes[0], node.input_shapes[0]

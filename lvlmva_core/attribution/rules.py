@@ -9,7 +9,7 @@ A rule sees b inputs and r baselines, whose activations were computed once each,
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -460,6 +460,10 @@ def _smooth(relative: bool = False) -> Callable[[Node], Callable[[Tensor, Tensor
     return of
 
 
+def _after_one(node: Node) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda x, b: _divided_difference(torch.log, x + 1.0, b + 1.0, relative=True)
+
+
 def _reciprocal(node: Node) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda x, b: -1.0 / (x * b)
 
@@ -595,35 +599,84 @@ def _follow_max_pool(node: Node, samples: int) -> SampleAxis:
 
 
 def _softmax(step: Step, g: list[Tensor]) -> list[Tensor | None]:
-    """exp(x)·(1/Σexp(x)): rescale for exp and reciprocal, midpoint for the product; in float64, since it shifts both
-    sides of a pair by the same amount and so meets large exponents."""
-    dim = step.x.args[1] % len(step.x.input_shapes[0]) + 2
-    x, b = (_finite(t.double()) for t in step.inputs(0))
-    shift = (x.amax(dim, keepdim=True) + b.amax(dim, keepdim=True)) * 0.5
-    x, b = x - shift, b - shift
-    e_x, e_b = x.exp(), b.exp()
-    r_x, r_b = 1.0 / e_x.sum(dim, keepdim=True), 1.0 / e_b.sum(dim, keepdim=True)
-    out = step.lift(g[0]).double()
-    through_sum = (out * (e_x + e_b) * 0.5).sum(dim, keepdim=True) * -(r_x * r_b)
-    result = (out * (r_x + r_b) * 0.5 + through_sum) * _divided_difference(torch.exp, x, b)
-    return [step.lower(result.to(g[0].dtype))]
+    """exp(x - log Σexp(x)): rescale for both exps and the log, so that no product is split; multipliers are in [-1, 1].
+
+    exp/Σexp by the midpoint would be complete as well, but its terms grow as e^|Δx| and cancel: a shift of all scores,
+    to which softmax is blind, would drown the map.
+    """
+    scores = _Scores.of(step)
+    out = step.lift(g[0]) * scores.slopes_of_softmax()
+    return [step.lower(scores.unmasked(out - scores.shares() * out.sum(scores.dim, keepdim=True)))]
 
 
 def _log_softmax(step: Step, g: list[Tensor]) -> list[Tensor | None]:
-    """x - log Σexp(x): rescale for exp and log, the difference is linear; in float64 like `_softmax`."""
-    dim = step.x.args[1] % len(step.x.input_shapes[0]) + 2
-    x, b = (_finite(t.double()) for t in step.inputs(0))
-    shift = (x.amax(dim, keepdim=True) + b.amax(dim, keepdim=True)) * 0.5
-    x, b = x - shift, b - shift
-    s_x, s_b = x.exp().sum(dim, keepdim=True), b.exp().sum(dim, keepdim=True)
-    out = step.lift(g[0]).double()
-    through_sum = out.sum(dim, keepdim=True) * _divided_difference(torch.log, s_x, s_b, relative=True)
-    return [step.lower((out - through_sum * _divided_difference(torch.exp, x, b)).to(g[0].dtype))]
+    """x - log Σexp(x): rescale for exp and log, the difference is linear."""
+    scores = _Scores.of(step)
+    out = step.lift(g[0])
+    return [step.lower(scores.unmasked(out - scores.shares() * out.sum(scores.dim, keepdim=True)))]
 
 
-def _finite(scores: Tensor) -> Tensor:
-    """-inf, with which attention is masked, as a number so low that its exponential is 0 too."""
-    return scores.masked_fill(scores == -math.inf, -1e30)
+def _log_sum_exp(step: Step, g: list[Tensor]) -> list[Tensor | None]:
+    """log Σexp(x): rescale for exp and log."""
+    scores = _Scores.of(step)
+    return [step.lower(scores.unmasked(_with_reduced(step, step.lift(g[0])) * scores.shares()))]
+
+
+class _Scores(NamedTuple):
+    """Inputs of a softmax along `dim`, as pairs.
+
+    change: Δx (b, r, ...). change_of_log: Δ log Σexp(x). y_x, y_b: the softmax of inputs (b, 1, ...) and of baselines
+    (1, r, ...); part_x, part_b: Σexp(x) of each as a share of the larger of the two. masked: where x is -inf.
+    """
+
+    change: Tensor
+    change_of_log: Tensor
+    y_x: Tensor
+    y_b: Tensor
+    part_x: Tensor
+    part_b: Tensor
+    masked: Tensor
+    dim: list[int]
+
+    @classmethod
+    def of(cls, step: Step) -> "_Scores":
+        dim, (x, b) = _reduced_dims(step), step.inputs(0)
+        masked = (x == -math.inf) | (b == -math.inf)
+        # a number whose exponential is 0 too, and that can be subtracted from itself
+        x, b = x.clamp(min=-1e30), b.clamp(min=-1e30)
+        # a score of 100 would leave float32 five digits of its exponential
+        log_x, log_b = (t.double().logsumexp(dim, keepdim=True) for t in (x, b))
+        largest = torch.maximum(log_x, log_b)
+        return cls(
+            change=x - b,
+            change_of_log=(log_x - log_b).to(x.dtype),
+            y_x=(x - log_x).exp().to(x.dtype),
+            y_b=(b - log_b).exp().to(x.dtype),
+            part_x=(log_x - largest).exp().to(x.dtype),
+            part_b=(log_b - largest).exp().to(x.dtype),
+            masked=masked,
+            dim=dim,
+        )
+
+    def slopes_of_softmax(self) -> Tensor:
+        """Δy / Δ log y."""
+        return torch.maximum(self.y_x, self.y_b) * _slope_of_exp(self.change - self.change_of_log)
+
+    def shares(self) -> Tensor:
+        """Multipliers of log Σexp(x) for each x, (Δe^x / Δx) / (ΔΣ / Δ log Σ): none below 0, and at most 1 in sum."""
+        larger = torch.maximum(self.y_x * self.part_x, self.y_b * self.part_b)
+        return larger * _slope_of_exp(self.change) / _slope_of_exp(self.change_of_log)
+
+    def unmasked(self, multipliers: Tensor) -> Tensor:
+        """What is masked has no part; nor has anything in a row in which all is masked."""
+        return multipliers.masked_fill(self.masked, 0.0) if bool(self.masked.any()) else multipliers
+
+
+def _slope_of_exp(change: Tensor) -> Tensor:
+    """(e^u - e^v) / (u - v) as a share of the larger of e^u and e^v: (1 - e^-d) / d for d = |u - v|, with no pole and
+    no cancellation, 1 for d = 0."""
+    d = change.abs()
+    return torch.where(d == 0, torch.ones_like(d), -torch.expm1(-d) / d)
 
 
 def _normalise(g: Tensor, x: Tensor, b: Tensor, eps: float, dims: list[int]) -> Tensor:
@@ -679,15 +732,87 @@ def _instance_norm(step: Step, g: list[Tensor]) -> list[Tensor | None]:
     return [step.lower(_normalise(out, x, b, eps, _last(g[0].ndim - 2)))]
 
 
+def _reduced_dims(step: Step) -> list[int]:
+    """The dimensions that were summed over, counted in (b, r, ...)."""
+    named = argument(step.x, "dim")
+    dims = [named] if isinstance(named, int) else named
+    return sorted(dim % len(step.x.input_shapes[0]) + 2 for dim in dims)
+
+
+def _with_reduced(step: Step, lifted: Tensor) -> Tensor:
+    """Multipliers (b, r, ...) at the result of a reduction, with its dimensions in place as of size 1."""
+    if not argument(step.x, "keepdim"):
+        for dim in _reduced_dims(step):
+            lifted = lifted.unsqueeze(dim)
+    return lifted
+
+
+def _variance(step: Step, g: list[Tensor]) -> list[Tensor | None]:
+    """The mean is linear; of the squares, each gets the midpoint: Δ(c²) = 2·c̄·Δc, and the c̄ add up to 0."""
+    dims, (x, b) = _reduced_dims(step), step.inputs(0)
+    correction = argument(step.x, "correction")
+    count = math.prod(x.shape[dim] for dim in dims) - (1 if correction is None else correction)
+    middle = (x + b) * 0.5
+    middle = middle - middle.mean(dims, keepdim=True)
+    out: Tensor | float = 0.0
+    if g[0] is not None:
+        out = _with_reduced(step, step.lift(g[0])) * middle * (2.0 / count)
+    if len(g) > 1 and g[1] is not None:  # var_mean
+        out = out + _with_reduced(step, step.lift(g[1])).expand_as(x + b) / math.prod(x.shape[dim] for dim in dims)
+    assert isinstance(out, Tensor)
+    return [step.lower(out)]
+
+
+def _deviation(step: Step, g: list[Tensor]) -> list[Tensor | None]:
+    """The root of the variance by the rescale rule."""
+    dims, (x, b) = _reduced_dims(step), step.inputs(0)
+    correction = argument(step.x, "correction")
+    count = math.prod(x.shape[dim] for dim in dims) - (1 if correction is None else correction)
+    c_x, c_b = x - x.mean(dims, keepdim=True), b - b.mean(dims, keepdim=True)
+    size = (c_x.square().sum(dims, keepdim=True) / count).sqrt() + (c_b.square().sum(dims, keepdim=True) / count).sqrt()
+    out = _with_reduced(step, step.lift(g[0])) / size.masked_fill(size == 0, 1.0)
+    return [step.lower(out * (c_x + c_b) / count)]
+
+
+def _largest(step: Step, g: list[Tensor]) -> list[Tensor | None]:
+    """amax, max along dimensions: as max-pooling. With m = max(o_x, o_b), g·(m - o_b) goes to where the input's largest
+    stands and g·(o_x - m) to where the baseline's does, divided by the change there."""
+    dims, (x, b) = _reduced_dims(step), step.inputs(0)
+    sign = -1.0 if "min" in str(step.x.op) else 1.0
+    full = (step.b, step.r, *x.shape[2:])
+    last = list(range(-len(dims), 0))
+    x, b = (_flat_at_end((t * sign).expand(full), dims) for t in (x, b))
+    out = _flat_at_end(_with_reduced(step, step.lift(g[0])), dims)
+    (x_out, x_at), (b_out, b_at) = x.max(-1, keepdim=True), b.max(-1, keepdim=True)
+    x_wins = x_out > b_out
+    change = torch.where(x_wins, x_out - b.gather(-1, x_at), x.gather(-1, b_at) - b_out)
+    still = change == 0
+    share = ((x_out - b_out) / change.masked_fill(still, 1.0)).masked_fill(still, 1.0)
+    sent = torch.zeros_like(x).scatter_(-1, torch.where(x_wins, x_at, b_at), share * out)
+    shape = [full[dim] for dim in range(len(full)) if dim not in dims] + [full[dim] for dim in dims]
+    return [step.lower(sent.view(shape).movedim(last, dims))]
+
+
+def _flat_at_end(tensor: Tensor, dims: list[int]) -> Tensor:
+    """The named dimensions as one, the last."""
+    return tensor.movedim(dims, list(range(-len(dims), 0))).flatten(-len(dims))
+
+
+def _gated(step: Step, g: list[Tensor]) -> list[Tensor | None]:
+    """GLU, u·sigmoid(v) of the halves u and v: midpoint for the product, rescale for the sigmoid."""
+    dim = argument(step.x, "dim") % len(step.x.input_shapes[0]) + 2
+    (u_x, v_x), (u_b, v_b) = (t.chunk(2, dim) for t in step.inputs(0))
+    out = step.lift(g[0])
+    to_u = out * ((v_x.sigmoid() + v_b.sigmoid()) * 0.5)
+    to_v = out * ((u_x + u_b) * 0.5) * _divided_difference(torch.sigmoid, v_x, v_b)
+    return [step.lower(torch.cat([to_u, to_v], dim))]
+
+
 def _vector_norm(step: Step, g: list[Tensor]) -> list[Tensor | None]:
     """√Σx²: squares and root by the rescale rule, without a difference of near numbers; 0 where both are 0."""
-    named = argument(step.x, "dim")
-    dims = sorted(dim % len(step.x.input_shapes[0]) + 2 for dim in ([named] if isinstance(named, int) else named))
     x, b = step.inputs(0)
-    out = step.lift(g[0])
-    if not argument(step.x, "keepdim"):
-        for dim in dims:
-            out = out.unsqueeze(dim)
+    dims = _reduced_dims(step)
+    out = _with_reduced(step, step.lift(g[0]))
     length = x.square().sum(dims, keepdim=True).sqrt() + b.square().sum(dims, keepdim=True).sqrt()
     return [step.lower(out * (x + b) / length.masked_fill(length == 0, 1.0))]
 
@@ -761,6 +886,7 @@ def _table() -> dict[OpOverload, Rule]:
     )
     add(_rule(_linear, follow.padded), "constant_pad_nd")
     add(_rule(_linear, follow.rearranged), "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "im2col")
+    add(_rule(_linear, follow.folded), "col2im")
     add(_rule(_add, follow.broadcast), "add.Tensor", "add.Scalar")
     add(_rule(_sub, follow.broadcast), "sub.Tensor", "sub.Scalar")
     add(_rule(_rsub, follow.broadcast), "rsub.Tensor", "rsub.Scalar")
@@ -782,7 +908,9 @@ def _table() -> dict[OpOverload, Rule]:
     add(_pointwise(_abs), "abs")
     add(_pointwise(_elu), "elu", "celu")
     add(_pointwise(_smooth()), "sigmoid", "tanh", "silu", "gelu", "mish", "softplus", "exp", "erf", "log_sigmoid")
+    add(_pointwise(_smooth()), "expm1", "sin", "cos", "atan", "sinh", "cosh")
     add(_pointwise(_smooth(relative=True)), "log")
+    add(_pointwise(_after_one), "log1p")
     add(_pointwise(_reciprocal), "reciprocal")
     add(_pointwise(_sqrt), "sqrt")
     add(_pointwise(_rsqrt), "rsqrt")
@@ -793,6 +921,11 @@ def _table() -> dict[OpOverload, Rule]:
     )
     add(_rule(_softmax, follow.along_other_dims, Keep.INPUTS), "_softmax", "_safe_softmax")
     add(_rule(_log_softmax, follow.along_other_dims, Keep.INPUTS), "_log_softmax")
+    add(_rule(_log_sum_exp, follow.reduced, Keep.INPUTS), "logsumexp")
+    add(_rule(_largest, follow.reduced, Keep.INPUTS, one_output=True), "amax", "amin", "max.dim", "min.dim")
+    add(_rule(_variance, follow.reduced, Keep.INPUTS), "var.correction", "var_mean.correction")
+    add(_rule(_deviation, follow.reduced, Keep.INPUTS), "std.correction")
+    add(_rule(_gated, follow.along_other_dims, Keep.INPUTS), "glu")
     add(_rule(_layer_norm, follow.normalised, Keep.INPUTS, one_output=True), "native_layer_norm")
     add(_rule(_rms_norm, follow.normalised, Keep.INPUTS, one_output=True), "_fused_rms_norm")
     add(_rule(_group_norm, follow.in_batches, Keep.INPUTS, one_output=True), "native_group_norm")
