@@ -301,6 +301,20 @@ def _mul(step: Step, g: list[Tensor]) -> list[Tensor | None]:
     return [step.to(0, g[0] * constant)]
 
 
+def _add_product(step: Step, g: list[Tensor]) -> list[Tensor | None]:
+    """addcmul, w + value·u·v."""
+    w, u, v = step.x.args[:3]
+    value = argument(step.x, "value")
+    out = g[0] if value == 1 else g[0] * value
+    found: list[Tensor | None] = [step.to(0, g[0])] if isinstance(w, Value) else []
+    place = len(found)
+    if isinstance(u, Value) and isinstance(v, Value):
+        return [*found, step.to(place, out * step.middle(place + 1)), step.to(place + 1, out * step.middle(place))]
+    if isinstance(u, Value) or isinstance(v, Value):
+        found.append(step.to(place, out * step.constant(v if isinstance(u, Value) else u)))
+    return found
+
+
 def _div(step: Step, g: list[Tensor]) -> list[Tensor | None]:
     """u/v as u·(1/v), the reciprocal by the rescale rule: Δ(1/v) = -Δv / (v_x·v_b)."""
     a, b = _operands(step.x)
@@ -892,6 +906,7 @@ def _table() -> dict[OpOverload, Rule]:
     add(_rule(_rsub, follow.broadcast), "rsub.Tensor", "rsub.Scalar")
     add(_rule(_neg, follow.unchanged), "neg")
     add(_rule(_mul, follow.broadcast, Keep.FACTORS), "mul.Tensor", "mul.Scalar")
+    add(_rule(_add_product, follow.broadcast, Keep.FACTORS), "addcmul")
     add(_rule(_div, _follow_div), "div.Scalar")
     add(_rule(_div, _follow_div, Keep.INPUTS), "div.Tensor")
     add(_rule(_larger, follow.broadcast, Keep.INPUTS), "maximum")
