@@ -451,17 +451,16 @@ def _divided_difference(f: Callable[[Tensor], Tensor], x: Tensor, b: Tensor, rel
     relative: nearness is measured against |x|, for functions with a pole or branch point at 0.
     """
     difference = x - b
-    near = torch.finfo(difference.dtype).eps ** (1 / 3)
-    scale = torch.maximum(x.abs(), b.abs()) if relative else 1.0
-    small = difference.abs() < near * scale
-    small = small | (difference == 0)
-    quotient = (f(x) - f(b)) / torch.where(small, torch.ones_like(difference), difference)
-    if not bool(small.any()):
-        return quotient
+    near: float | Tensor = torch.finfo(difference.dtype).eps ** (1 / 3)
+    if relative:
+        near = torch.maximum(x.abs(), b.abs()).mul_(near).add_(torch.finfo(difference.dtype).tiny)
+    # 1 where the quotient is taken and 0 where the slope is; as numbers, since masks would cost more than functions do
+    far = difference.abs().div_(near).clamp_(max=1.0).floor_()
+    quotient = (f(x) - f(b)).div_(difference.add_(1.0 - far))
+    middle = (x + b).mul_(0.5).requires_grad_()
     with torch.enable_grad():
-        middle = ((x + b) * 0.5).detach().requires_grad_()
         (slope,) = torch.autograd.grad(f(middle).sum(), middle)
-    return torch.where(small, slope, quotient)
+    return slope.lerp_(quotient, far)
 
 
 def _smooth(relative: bool = False) -> Callable[[Node], Callable[[Tensor, Tensor], Tensor]]:
@@ -619,8 +618,8 @@ def _softmax(step: Step, g: list[Tensor]) -> list[Tensor | None]:
     to which softmax is blind, would drown the map.
     """
     scores = _Scores.of(step)
-    out = step.lift(g[0]) * scores.slopes_of_softmax()
-    return [step.lower(scores.unmasked(out - scores.shares() * out.sum(scores.dim, keepdim=True)))]
+    out = scores.slopes_of_softmax().mul_(step.lift(g[0]))
+    return [step.lower(scores.unmasked(out.sub_(scores.shares().mul_(out.sum(scores.dim, keepdim=True)))))]
 
 
 def _log_softmax(step: Step, g: list[Tensor]) -> list[Tensor | None]:
@@ -674,12 +673,12 @@ class _Scores(NamedTuple):
 
     def slopes_of_softmax(self) -> Tensor:
         """Δy / Δ log y."""
-        return torch.maximum(self.y_x, self.y_b) * _slope_of_exp(self.change - self.change_of_log)
+        return _slope_of_exp(self.change - self.change_of_log).mul_(torch.maximum(self.y_x, self.y_b))
 
     def shares(self) -> Tensor:
         """Multipliers of log Σexp(x) for each x, (Δe^x / Δx) / (ΔΣ / Δ log Σ): none below 0, and at most 1 in sum."""
         larger = torch.maximum(self.y_x * self.part_x, self.y_b * self.part_b)
-        return larger * _slope_of_exp(self.change) / _slope_of_exp(self.change_of_log)
+        return _slope_of_exp(self.change).mul_(larger).div_(_slope_of_exp(self.change_of_log))
 
     def unmasked(self, multipliers: Tensor) -> Tensor:
         """What is masked has no part; nor has anything in a row in which all is masked."""
@@ -689,8 +688,9 @@ class _Scores(NamedTuple):
 def _slope_of_exp(change: Tensor) -> Tensor:
     """(e^u - e^v) / (u - v) as a share of the larger of e^u and e^v: (1 - e^-d) / d for d = |u - v|, with no pole and
     no cancellation, 1 for d = 0."""
-    d = change.abs()
-    return torch.where(d == 0, torch.ones_like(d), -torch.expm1(-d) / d)
+    d = change.abs().neg_()
+    slope = torch.expm1(d).div_(d)
+    return slope.masked_fill_(d == 0, 1.0)
 
 
 def _normalise(g: Tensor, x: Tensor, b: Tensor, eps: float, dims: list[int]) -> Tensor:
