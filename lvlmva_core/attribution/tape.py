@@ -5,8 +5,8 @@ or a method, reused or in place. So nothing that depends on the input can be ove
 """
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lvlmva_core.attribution.axes import FIRST, SampleAxis
-from lvlmva_core.compute import eval_mode
+from lvlmva_core.compute import attention_as_its_parts, eval_mode
 from lvlmva_core.errors import InputError
 
 
@@ -130,8 +130,7 @@ def record(
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(inputs.device.type, enabled=False))
-        stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
-        stack.enter_context(_attention_as_its_parts())
+        stack.enter_context(attention_as_its_parts())
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_drop, _never_needed))
         # a clone that is no leaf, so that a model may work on its input in place
         start = run.detach().clone(memory_format=torch.preserve_format).requires_grad_()
@@ -151,17 +150,6 @@ def record(
     if recorder.axes[result] != FIRST:
         raise UnsupportedOperationError("the model's output does not hold the samples in its first dimension alone")
     return Tape(len(run), inputs, recorder.nodes, output.detach()[: len(inputs)], result)
-
-
-@contextmanager
-def _attention_as_its_parts() -> Iterator[None]:
-    """Without the fast path of nn.MultiheadAttention and nn.TransformerEncoderLayer, which is one operation."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 class _Recorder(TorchDispatchMode):
