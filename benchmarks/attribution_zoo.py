@@ -8,7 +8,9 @@ the model. Pictures are smooth noise.
 """
 
 import argparse
+import ctypes
 import datetime
+import gc
 import importlib.metadata
 import multiprocessing
 import platform
@@ -82,6 +84,8 @@ def apart(worker: Callable[[int], Row], side: int) -> Row:
 def line(name: str) -> str:
     """A row of the table."""
     MODEL[:] = [build(name, small=False)]
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # else a fork counts what earlier models left as free
     side = ZOO[name].side
     row = apart(ours, side)
     sys.stderr.write(f"{name}: {row}\n")
