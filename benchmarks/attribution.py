@@ -219,7 +219,7 @@ def table(arguments: argparse.Namespace) -> str:
         f"{arguments.baselines} baselines",
         f"need {IMAGES + arguments.baselines} or more for {IMAGES * arguments.baselines} pairs.",
         "",
-        f"{datetime.datetime.now(datetime.UTC).date()}, {arguments.threads} of {_processor(arguments.device)}; torch "
+        f"{datetime.datetime.now(datetime.UTC).date()}, {arguments.threads} of {processor(arguments.device)}; torch "
         f"{torch.__version__}, torchvision {torchvision.__version__}, Python {platform.python_version()}.",
         arguments.note,
     ]
@@ -231,7 +231,7 @@ def _line(name: str, row: dict[str, float], best: dict[str, float]) -> str:
     return f"| {name} | {row['wall']:.3f} | {row['cpu']:.3f} | {ratio:.2f} | {row['peak']:.0f} | {row['error']:.1e} |"
 
 
-def _processor(device: str) -> str:
+def processor(device: str) -> str:
     if device != "cpu":
         return torch.cuda.get_device_name(torch.device(device))
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
