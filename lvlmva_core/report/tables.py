@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lvlmva_core.lvlm.offline import is_stand_in
+from lvlmva_core.lvlm.settings import is_detector
 from lvlmva_core.methods import METHODS, in_order
 from lvlmva_core.metrics import METRICS
 from lvlmva_core.outputs import BASE, SUBJECT
@@ -117,7 +118,8 @@ def markdown_table(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def _named(name: str) -> str:
-    return f"{name} (a stand-in, not a vision-language model)" if is_stand_in(name) else name
+    what = "a detector" if is_detector(name) else "a stand-in" if is_stand_in(name) else None
+    return f"{name} ({what}, not a vision-language model)" if what else name
 
 
 def _number(value: float | dict[str, float] | None, seeds: int) -> str:
@@ -164,12 +166,15 @@ def differences(content: Mapping[str, Any]) -> dict[str, dict[str, tuple[float, 
 
 
 def warning_of(verdicts: Mapping[str, Any]) -> str:
-    """What must be said first where stand-ins judged; "" where none did."""
-    stand_ins = {name for name in (*verdicts["critic"], *verdicts["judge"]) if is_stand_in(name)}
-    if not stand_ins:
+    """What must be said first where stand-ins or detectors judged; "" where none did."""
+    names = sorted({*verdicts["critic"], *verdicts["judge"]})
+    detectors, stand_ins = [n for n in names if is_detector(n)], [n for n in names if is_stand_in(n)]
+    if not detectors and not stand_ins:
         return ""
+    kinds = {"detector": detectors, "stand-in": stand_ins}
+    who = " and ".join(f"the {kind} {', '.join(those)}" for kind, those in kinds.items() if those)
     return (
-        f"No vision-language model was asked. The verdicts come from the stand-in {', '.join(sorted(stand_ins))}: "
+        f"No vision-language model was asked. The verdicts come from {who}: "
         "the figures show what the pipeline does with such verdicts, not how well a model judges."
     )
 
