@@ -7,7 +7,7 @@ on this machine, without a key.
 
 from typing import Any
 
-from lvlmva_core.concepts import class_numbers, classifier, concept_falls
+from lvlmva_core.concepts import class_numbers, classifier, concept_evidence
 from lvlmva_core.found_text import find_text, network_version
 from lvlmva_core.lvlm.cases import Case
 from lvlmva_core.lvlm.offline import critic, with_verdicts
@@ -68,26 +68,22 @@ def _told_the_classifier(_case: Case, settings: ConceptCritic) -> dict[str, Any]
         "is": WHAT_IT_IS,
         "network": "EfficientNet-Lite0 with ImageNet's classes",
         "concepts": settings.concepts,
-        "least_fall": settings.least_fall,
-        "least_probability": settings.least_probability,
+        "look": settings.look,
+        "at_least": settings.at_least,
     }
 
 
 @critic("concept", told=_told_the_classifier)
 def concept(case: Case, settings: ConceptCritic) -> str:
-    """Reject a region without which a classifier sees less of the named things."""
-    probability, falls = concept_falls(case.picture, case.segments, tuple(settings.concepts), settings.weights)
-    seen = probability >= settings.least_probability
-    named = " or ".join(settings.concepts)
-    lines = [
-        f"An ImageNet classifier gives the picture a probability of {probability:.4f} to show: {named}. "
-        f"That is {'enough to look for it' if seen else 'too little to look for it'}."
-    ]
+    """Reject a region in which a classifier sees one of the named things."""
+    evidence = concept_evidence(case.picture, case.segments, tuple(settings.concepts), settings.weights, settings.look)
+    lines = [f"An ImageNet classifier looked for: {' or '.join(settings.concepts)}."]
     verdicts = {}
-    for region, fall in falls.items():
-        verdicts[region] = "no" if seen and fall >= settings.least_fall else "yes"
-        lines.append(
-            f"Without the {COLOUR_NAMES[region]} region its log-odds fall by {fall:.2f}: "
-            f"{'it shows it, and is not relevant' if verdicts[region] == 'no' else 'it does not show it'}."
-        )
+    for region, nats in evidence.items():
+        verdicts[region] = "no" if nats >= settings.at_least else "yes"
+        colour, it = COLOUR_NAMES[region], "it shows it, and is not relevant"
+        told = f"The {colour} region by itself has log-odds of {nats:.2f}"
+        if settings.look == "without":
+            told = f"Without the {colour} region the log-odds of the picture fall by {nats:.2f}"
+        lines.append(f"{told}: {it if verdicts[region] == 'no' else 'it does not show it'}.")
     return with_verdicts(lines, verdicts)

@@ -241,18 +241,18 @@ class TextCritic(DetectorCritic):
 
 
 class ConceptCritic(DetectorCritic):
-    """Rejects regions without which an ImageNet classifier sees less of a thing.
+    """Rejects regions in which an ImageNet classifier sees a thing.
 
-    concepts: names of ImageNet's classes. weights: file of EfficientNet-Lite0's (docs/data.md). least_fall: of the
-    log-odds of the concepts, in nats. least_probability: of the concepts in the whole picture, below which no region is
-    rejected.
+    concepts: names of ImageNet's classes. weights: file of EfficientNet-Lite0's (docs/data.md). look: "alone", at the
+    square around each region; or "without", at the picture with the region filled. at_least: log-odds, or their fall,
+    from which a region is rejected, in nats.
     """
 
     critic: Literal["concept"]
     concepts: Annotated[list[str], Field(min_length=1)]
     weights: str
-    least_fall: Positive
-    least_probability: Share = 0.0
+    look: Literal["alone", "without"] = "alone"
+    at_least: Annotated[float, Field(allow_inf_nan=False)]
 
 
 class ModelCritic(Several):

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pydantic import TypeAdapter, ValidationError
 
 from lvlmva_core import concepts, found_text
-from lvlmva_core.concepts import class_numbers, concept_falls
+from lvlmva_core.concepts import Look, class_numbers, concept_evidence, square_around
 from lvlmva_core.efficientnet_lite import EfficientNetLite0
 from lvlmva_core.errors import InputError
 from lvlmva_core.fills import fill_by_blur
@@ -120,43 +120,61 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _concept(weights: Path, **options: float) -> ConceptCritic:
-    told = {"critic": "concept", "prompts": "skin", "concepts": ["Band Aid", "diaper"], "least_fall": 0.5}
+def _concept(weights: Path, **options: object) -> ConceptCritic:
+    told = {"critic": "concept", "prompts": "skin", "concepts": ["Band Aid", "diaper"], "at_least": 0.5}
     return ConceptCritic.model_validate({**told, "weights": str(weights), **options})
 
 
-def test_falls_are_those_of_pictures_that_were_filled_by_hand(weights: Path) -> None:
+@pytest.mark.parametrize("look", ["alone", "without"])
+def test_evidence_is_that_of_pictures_cut_and_filled_by_hand(weights: Path, look: Look) -> None:
     picture = np.random.default_rng(0).integers(0, 255, (3, 40, 40)).astype(np.uint8)
     segments = np.full((40, 40), 255, dtype=np.uint8)
-    segments[:12, :15], segments[20:, 20:] = 0, 2
-    probability, falls = concept_falls(picture, segments, ("Band Aid", "diaper"), str(weights))
+    segments[:12, :15], segments[20:, 22:] = 0, 2
+    found = concept_evidence(picture, segments, ("Band Aid", "diaper"), str(weights), look)
     net = EfficientNetLite0(1000).eval()
     net.load_state_dict(torch.load(weights, weights_only=True))
-    odds = []
-    for region in (None, 0, 2):
-        shown = picture / 255 if region is None else fill_by_blur(picture, segments == region) / 255
-        image = torch.nn.functional.interpolate(torch.tensor(shown)[None], (224, 224), mode="bicubic").clamp(0, 1)
+
+    def log_odds(shown: np.ndarray) -> float:
+        image = torch.tensor(shown / 255)[None]
+        image = torch.nn.functional.interpolate(image, (concepts.SIDE,) * 2, mode="bicubic").clamp(0, 1)
         with torch.no_grad():
             p = net(((image - 0.498) / 0.502).float()).double().softmax(1)[0]
         named = p[419] + p[529]  # ImageNet's numbers of the two
-        odds.append(float(torch.log(named / (1 - named))))
-        if region is None:
-            assert probability == pytest.approx(float(named), rel=1e-4)
-    assert falls == pytest.approx({0: odds[0] - odds[1], 2: odds[0] - odds[2]}, abs=1e-3)
+        return float(torch.log(named / (1 - named)))
+
+    if look == "alone":
+        expected = {0: log_odds(picture[:, :15, :15]), 2: log_odds(picture[:, 20:, 20:])}
+    else:
+        whole = log_odds(picture.astype(float))
+        expected = {r: whole - log_odds(fill_by_blur(picture, segments == r)) for r in (0, 2)}
+    assert found == pytest.approx(expected, abs=2e-3)
 
 
-def test_a_region_is_rejected_from_the_fall_that_is_set(weights: Path) -> None:
-    picture = np.random.default_rng(0).integers(0, 255, (3, 40, 40)).astype(np.uint8)
+def test_squares_lie_in_the_picture_around_their_region() -> None:
+    picture = np.arange(8 * 20).reshape(1, 8, 20)
+    spot = np.zeros((8, 20), dtype=bool)
+    spot[0, 19] = True
+    assert square_around(picture, spot).tolist() == picture[:, :5, 15:].tolist()  # a quarter of the larger side
+    spot[6, 15] = True
+    assert square_around(picture, spot).tolist() == picture[:, :7, 13:].tolist()
+    assert square_around(picture, np.ones_like(spot)).shape == (1, 8, 20)
+
+
+@pytest.mark.parametrize("look", ["alone", "without"])
+def test_a_region_is_rejected_from_the_evidence_that_is_set(weights: Path, look: Look) -> None:
     segments = np.kron(np.array([[0, 1], [2, 3]], dtype=np.uint8), np.ones((20, 20), dtype=np.uint8))
-    _, falls = concept_falls(picture, segments, ("Band Aid", "diaper"), str(weights))
-    most = max(falls.values())
-    assert most > 0
+    noise = np.random.default_rng(0).integers(0, 60, (3, 40, 40))
+    picture = (noise + np.array([0, 60, 120, 180])[segments]).astype(np.uint8)
+    found = concept_evidence(picture, segments, ("Band Aid", "diaper"), str(weights), look)
+    most, second, third = sorted(found.values())[:-4:-1]
     case = Case("a", "benign", picture, segments)
-    for bound, least, count in ((most * 0.999, 0.0, 1), (most * 1.001, 0.0, 0), (most * 0.999, 1.0, 0)):
-        (row,) = criticise(_concept(weights, least_fall=bound, least_probability=least), [case])
+    for bound, count in ((most + 1e-3, 0), ((most + second) / 2, 1), ((second + third) / 2, 2)):
+        (row,) = criticise(_concept(weights, at_least=bound, look=look), [case])
         assert str(row.critique).rpartition("\n")[2].count("- no") == count
-    assert row.settings["concepts"] == ["Band Aid", "diaper"]
+    assert (row.settings["concepts"], row.settings["look"]) == (["Band Aid", "diaper"], look)
     assert row.settings["is"] == "a detector, not a vision-language model"
+    with pytest.raises(ValueError, match="look 'within': expected one of alone, without"):
+        concept_evidence(picture, segments, ("Band Aid",), str(weights), "within")  # type: ignore[arg-type]
 
 
 def test_classes_and_weights_that_are_not_there(weights: Path, tmp_path: Path) -> None:
@@ -190,7 +208,7 @@ class TestConcept(CriticTests):
         monkeypatch.setattr(concepts, "SIDE", 32)  # fast; what it sees does not matter here
 
     def settings(self) -> ConceptCritic:
-        return _concept(self.weights, least_fall=1e-3)
+        return _concept(self.weights, at_least=-6.5)
 
 
 def test_every_detector_goes_through_the_suite() -> None:
@@ -217,8 +235,8 @@ def test_a_detector_is_called_one_everywhere() -> None:
     ("told", "message"),
     [
         ({"critic": "text", "overlap": "majority_of_attribution"}, "'any' or 'half_of_feature'"),
-        ({"critic": "concept", "concepts": ["Band Aid"], "least_fall": 1.0}, "weights"),
-        ({"critic": "concept", "concepts": [], "weights": "w.pth", "least_fall": 1.0}, "at least 1 item"),
+        ({"critic": "concept", "concepts": ["Band Aid"], "at_least": 1.0}, "weights"),
+        ({"critic": "concept", "concepts": [], "weights": "w.pth", "at_least": 1.0}, "at least 1 item"),
     ],
 )
 def test_settings_that_cannot_be_meant(told: dict[str, object], message: str) -> None:
