@@ -9,7 +9,8 @@ region's content says nothing:
 - pair: the squared change of the logits' contrasts between a picture and its swapped twin.
 
 Counterexamples from explanations are CAIPI's (Teso and Kersting 2019), an object added to and taken from pictures so
-that it no longer goes with a class is SPIRE's (Plumb et al. 2022), and pairing is logit pairing (Kannan et al. 2018).
+that it no longer goes with a class is SPIRE's (Plumb et al. 2022), altering what does not decide the label is Chang et
+al.'s (2021), and pairing is logit pairing (Kannan et al. 2018).
 What is ours is that the place comes from a critic's verdict, and that no label of the shortcut is needed.
 """
 

@@ -20,7 +20,10 @@ SPLITS = {
     "test_plain": "accuracy, no decoy",
 }
 
-OF_CRITIC = "verdicts of the critic"
+# how a method's supervision says that it comes from verdicts, and what the verdicts of some critics come from
+OF_VERDICTS = ("verdicts of the critic", "which pictures LVLM-VA masks", "area of LVLM-VA's masks")
+KNOWN = {"oracle": "drawn from true masks", "rules": "by a rule that knows where digits lie"}
+DESCRIBED = "a description per class"
 
 
 def judged_by(content: Mapping[str, Any]) -> str:
@@ -83,9 +86,17 @@ def significance(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
 
 def supervision(content: Mapping[str, Any]) -> list[str]:
     """What each method of the table had beside class labels in this run, in the order of the rows."""
-    # what an oracle says is drawn from the true masks, whoever is asked for verdicts
-    verdicts = f"{OF_CRITIC} (here drawn from true masks)" if "oracle" in content["verdicts"]["critic"] else OF_CRITIC
-    return [METHODS[name].supervision.replace(OF_CRITIC, verdicts) for name in in_order(content["methods"])]
+    critics = content["verdicts"]["critic"]
+    known = [words for name, words in KNOWN.items() if name in critics]
+    known += ["by a trained detector"] if any(is_detector(name) for name in critics) else []
+    drawn = f" (here {', '.join(known)})" if known else ""
+    found = [METHODS[name].supervision for name in in_order(content["methods"])]
+    if all(is_stand_in(name) or is_detector(name) for name in critics):  # none of them reads a description
+        found = [words.replace(f"{DESCRIBED}; ", "") for words in found]
+    return [
+        words.replace(of_verdicts, f"{of_verdicts}{drawn}") if (of_verdicts := _of_verdicts(words)) else words
+        for words in found
+    ]
 
 
 def verdict_table(verdicts: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -115,6 +126,10 @@ def markdown_table(columns: list[str], rows: list[list[str]]) -> str:
     """A table in Markdown."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _of_verdicts(supervision: str) -> str | None:
+    return next((words for words in OF_VERDICTS if words in supervision), None)
 
 
 def _named(name: str) -> str:
