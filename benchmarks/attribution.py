@@ -33,9 +33,10 @@ from lvlmva_core.attribution.tape import record
 
 IMAGES = 16  # that share the baselines' activations in our row, as in stage attribute
 CLASS = 3
+SIDE = 224
 
 
-def network(device: torch.device) -> nn.Module:
+def network(device: torch.device, side: int = SIDE) -> nn.Module:
     """ResNet50 with drawn weights, and BatchNorm statistics of noise images, so that activations keep their sizes."""
     torch.manual_seed(0)
     model = torchvision.models.resnet50(weights=None, num_classes=10)
@@ -43,14 +44,14 @@ def network(device: torch.device) -> nn.Module:
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None
     with torch.no_grad():
-        model.train()(pictures(4, 9))
+        model.train()(pictures(4, 9, side))
     return model.eval().requires_grad_(False).to(device)
 
 
-def pictures(count: int, seed: int) -> Tensor:
-    """Smooth noise in [0, 1], (count, 3, 224, 224) float32."""
+def pictures(count: int, seed: int, side: int = SIDE) -> Tensor:
+    """Smooth noise in [0, 1], (count, 3, side, side) float32."""
     coarse = torch.rand(count, 3, 14, 14, generator=torch.Generator().manual_seed(seed))
-    return nn.functional.interpolate(coarse, size=(224, 224), mode="bilinear").contiguous()
+    return nn.functional.interpolate(coarse, size=(side, side), mode="bilinear").contiguous()
 
 
 class Meter:

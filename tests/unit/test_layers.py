@@ -8,7 +8,7 @@ from lvlmva.pipeline import _imports
 
 ROOT = Path(__file__).parents[2]
 LAYERS = [
-    ["errors", "progress", "arrays", "settings", "store", "statistics", "compute"],
+    ["errors", "progress", "arrays", "settings", "store", "statistics", "compute", "convolutions"],
     ["penalties"],
     ["align_settings", "train_settings", "exchange_settings"],
     [
@@ -33,6 +33,8 @@ LAYERS = [
     ["metrics"],
     ["alignment", "baselines"],
     ["outputs", "evaluation", "classifier_check", "export", "audit"],
+    ["patterns"],
+    ["pattern_names"],
     ["corrections", "proposal"],
     ["comparison"],
     ["methods"],
