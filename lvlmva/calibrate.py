@@ -23,8 +23,8 @@ from lvlmva_core.calibration import UNTOUCHED, Item
 from lvlmva_core.errors import InputError
 from lvlmva_core.lvlm.critic import criticise
 from lvlmva_core.lvlm.judge import judge_by_stand_in
-from lvlmva_core.lvlm.offline import CRITICS, is_stand_in
-from lvlmva_core.lvlm.settings import ModelCritic, ModelJudge
+from lvlmva_core.lvlm.offline import is_stand_in
+from lvlmva_core.lvlm.settings import ModelCritic, ModelJudge, is_detector
 from lvlmva_core.planting import kinds_for
 from lvlmva_core.regions import Overlap
 from lvlmva_core.report.tables import markdown_table
@@ -264,7 +264,7 @@ def _ask(
     table = calibration.regions_table(items, verdicts, rule)
     records = [(asked.endpoint, row.record) for row in critiques if row.record is not None]
     records += [(judging.endpoint, record) for row in verdicts for record in row.records]
-    stand_in = asked.critic in CRITICS
+    stand_in = is_stand_in(asked.critic)
     content = {
         "name": name,
         "critic": critiques[0].critic,
@@ -295,7 +295,8 @@ def _summary(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for each in content["critics"]:
         bad, total = each["unusable"]["critic"] + each["unusable"]["judge"], each["unusable"]["pictures"]
-        label = f"{each['name']}: {each['critic']}" + (" (a stand-in)" if each["stand_in"] else "")
+        what = " (a stand-in)" if each["stand_in"] else " (a detector)" if is_detector(each["critic"]) else ""
+        label = f"{each['name']}: {each['critic']}{what}"
         found, price = each["quality"], each["cost"]
         shares = [_interval(found[key]) for key in ("recall", *PRECISIONS, "false_alarms")]
         rows.append([label, *shares, f"{bad}/{total}", _usd(price["usd"]), _usd(price["usd_per_1000_pictures"])])

@@ -23,13 +23,14 @@ from lvlmva.params import Params, load_params, prompts_folder, sections_lacking
 from lvlmva.pipeline import paths
 from lvlmva.probe import Estimate, Probed, megabytes_available, probe
 from lvlmva_core.errors import InputError
+from lvlmva_core.lvlm import detectors
 from lvlmva_core.lvlm.budget import Spent, estimate_calls, estimate_input_tokens, price_is_known
 from lvlmva_core.lvlm.calls import Call, answer_text
 from lvlmva_core.lvlm.client import CallFailedError, Client, Question, check_endpoint, host_of, is_loopback
 from lvlmva_core.lvlm.critic import critic_call, why_no_critique
 from lvlmva_core.lvlm.judge import judge_call
 from lvlmva_core.lvlm.prompts import load_critic_prompts, load_judge_prompts
-from lvlmva_core.lvlm.settings import Endpoint, ModelCritic, ModelJudge
+from lvlmva_core.lvlm.settings import DetectorCritic, Endpoint, ModelCritic, ModelJudge
 from lvlmva_core.regions import regions_present
 from lvlmva_core.render import COLOUR_NAMES
 
@@ -300,6 +301,8 @@ def _critic(
             call = critic_call(*shown, name_spurious_feature=named)
             seconds = _one_call(done, critic, call, colours, known) if ask and sendable else None
             done.estimates.append(_calls("critique", critic.endpoint, call, loaded.rank.n_samples, seconds))
+    elif isinstance(critic, DetectorCritic):
+        done.attempt("critic", lambda: detectors.ready(critic))
     else:
         what = "knows the true masks" if critic.critic == "oracle" else "knows digits alone"
         done.add(

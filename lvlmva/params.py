@@ -31,9 +31,9 @@ class Compute(Settings):
 
 
 class Rank(Settings):
-    """Which training samples are explained and corrected."""
+    """Which training samples are explained and corrected; the strategy "mixed" is an extension."""
 
-    strategy: Literal["low_entropy", "high_entropy", "random"]
+    strategy: Literal["low_entropy", "high_entropy", "random", "mixed"]
     n_samples: Count
     stratify: bool
     seed: Seed
@@ -43,11 +43,13 @@ class Mask(Settings):
     """How verdicts become masks.
 
     weights: "verdicts": a region that was judged "no" is masked whole; "votes": each region by the share of several
-    answers that reject it (an extension).
+    answers that reject it (an extension). attribution_kept: share of a region's positive attribution that its mask
+    holds, in the pixels where it is highest (an extension); null: the whole region.
     """
 
     max_failed_share: Share
     weights: Literal["verdicts", "votes"] = "verdicts"
+    attribution_kept: Annotated[float, Field(gt=0, le=1)] | None = None
 
 
 class Explain(Settings):

@@ -17,7 +17,7 @@ from lvlmva_core.lvlm.critic import criticise
 from lvlmva_core.lvlm.judge import judge_by_stand_in
 from lvlmva_core.lvlm.offline import CRITICS
 from lvlmva_core.lvlm.records import CritiqueRow, VerdictRow
-from lvlmva_core.lvlm.settings import ModelCritic, ModelJudge, Several, StandInJudge
+from lvlmva_core.lvlm.settings import ModelCritic, ModelJudge, Several, StandInJudge, is_detector
 from lvlmva_core.lvlm.votes import CascadeCost, cascade_cost, largest_reliance, why_further
 
 JudgeSettings = ModelJudge | StandInJudge
@@ -220,7 +220,8 @@ def _by_one(
             batch=batch,
         )
     if dry_run or batch is not None:
-        typer.echo(f"{section}: '{config.critic}' is a stand-in; nothing to buy", err=True)
+        what = "detector" if is_detector(config.critic) else "stand-in"
+        typer.echo(f"{section}: '{config.critic}' is a {what}; nothing to buy", err=True)
         return []
     return criticise(config, cases)
 

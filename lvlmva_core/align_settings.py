@@ -50,14 +50,17 @@ class CounterexampleSettings(Settings):
 
     swapped, erased: pictures of either kind, beside the training batch. pair_weight: of the squared change of the
     logits' contrasts between the swapped pictures and their twins, mean over these; 0 = no pairing.
-    edges: "hard", or "feathered": the donor's content fades out over `feather` pixels around its region.
+    edges: "hard"; "feathered": the donor's content fades out over `feather` pixels around its region; or "blended": it
+    is shifted to what it meets at the region's edge (Poisson blending).
+    fill: of erased regions: "same_class", another picture of the class; "blur" or "inpaint", what lies around them.
     """
 
     swapped: Annotated[int, Field(ge=0)] = 12
     erased: Annotated[int, Field(ge=0)] = 12
     pair_weight: NonNegative = 0.3
-    edges: Literal["hard", "feathered"] = "hard"
+    edges: Literal["hard", "feathered", "blended"] = "hard"
     feather: Positive | None = None
+    fill: Literal["same_class", "blur", "inpaint"] = "same_class"
 
     @model_validator(mode="after")
     def _all_is_used(self) -> "CounterexampleSettings":
@@ -65,6 +68,8 @@ class CounterexampleSettings(Settings):
             raise ValueError("swapped and erased are both 0: no counterexample is made; take correction: rrr")
         if self.pair_weight and not self.swapped:
             raise ValueError("pair_weight compares swapped pictures with their twins, and swapped is 0; set it to 0")
+        if self.fill != "same_class" and not self.erased:
+            raise ValueError("fill is of erased pictures, and erased is 0; remove it")
         if (self.edges == "feathered") != (self.feather is not None):
             raise ValueError("feather says over how many pixels feathered edges fade; give it with these and only then")
         return self

@@ -4,11 +4,13 @@ Where the paper's correction flattens the model's gradient inside a rejected reg
 region's content says nothing:
 
 - swap: a donor's rejected region, laid over a picture of another class at the same place, which keeps its own label;
-- erase: a donor's rejected region, filled from the same place of a picture of its class in which nothing was rejected;
+- erase: a donor's rejected region, filled from the same place of a picture of its class in which nothing was rejected,
+  or from what lies around it, by blur or inpainting;
 - pair: the squared change of the logits' contrasts between a picture and its swapped twin.
 
 Counterexamples from explanations are CAIPI's (Teso and Kersting 2019), an object added to and taken from pictures so
-that it no longer goes with a class is SPIRE's (Plumb et al. 2022), and pairing is logit pairing (Kannan et al. 2018).
+that it no longer goes with a class is SPIRE's (Plumb et al. 2022), altering what does not decide the label is Chang et
+al.'s (2021), and pairing is logit pairing (Kannan et al. 2018).
 What is ours is that the place comes from a critic's verdict, and that no label of the shortcut is needed.
 """
 
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 
 from lvlmva_core.errors import InputError
+from lvlmva_core.fills import Membrane, fill_by_blur, fill_smoothly
 from lvlmva_core.samples import Split
 
 if TYPE_CHECKING:
@@ -48,7 +51,7 @@ class Counterexamples:
 
     Donors are alignment samples with a rejected region. Receivers of a swap are training samples of another class.
     Fillers of an erasure are alignment samples of the donor's class in which nothing was rejected; where the class has
-    none, those in which nothing was rejected at the donor's place.
+    none, those in which nothing was rejected at the donor's place. With another `fill` a donor is its own filler.
 
     Args:
         training: N samples. alignment: n samples. masks: bool (n, H, W), True where a region was rejected; of weights
@@ -62,13 +65,20 @@ class Counterexamples:
     def __init__(self, training: Split, alignment: Split, masks: Tensor, settings: "CounterexampleSettings") -> None:
         self.training, self.alignment, self.settings = training, alignment, settings
         masks = masks > 0.5
+        self._masks = masks.cpu().numpy()
+        self._membranes: dict[int, Membrane] = {}  # of donors, made when first needed
         self.opacity = opacity_of(masks, settings.feather).to(alignment.images)[:, None]
         order = _order_of_content(alignment, masks)
         labels, receivers = alignment.labels.cpu().numpy(), training.labels.cpu().numpy()
         rejected = masks.flatten(1).cpu().numpy()
         donors = [place for place in order if rejected[place].any()]
         self._receivers = {int(k): np.flatnonzero(receivers == k) for k in np.unique(receivers)}
-        self._fillers = {donor: _fillers_of(donor, order, labels, rejected) for donor in donors}
+        self._fillings = alignment.images
+        self._fillers = {donor: np.array([donor]) for donor in donors}
+        if settings.fill == "same_class":
+            self._fillers = {donor: _fillers_of(donor, order, labels, rejected) for donor in donors}
+        elif settings.erased:
+            self._fillings = _filled(alignment.images, self._masks, donors, settings.fill)
         self._swapped = _by_class([d for d in donors if self._receivers.keys() - {int(labels[d])}], labels)
         self._erased = _by_class([d for d in donors if len(self._fillers[d])], labels)
         if settings.swapped and not self._swapped:
@@ -116,14 +126,27 @@ class Counterexamples:
         donors, others = drawn[:, 0], drawn[:, 1]
         n = self.settings.swapped
         own, opacity = self.alignment.images[donors], self.opacity[donors]
-        twins, fillers = self.training.images[others[:n]], self.alignment.images[others[n:]]
+        twins, fillers = self.training.images[others[:n]], self._fillings[others[n:]]
         return Made(
-            swapped=lay_over(twins, own[:n], opacity[:n]),
+            swapped=self._laid(twins, own[:n], donors[:n], opacity[:n]),
             twins=twins,
             swapped_labels=self.training.labels[others[:n]],
-            erased=lay_over(own[n:], fillers, opacity[n:]),
+            erased=self._laid(own[n:], fillers, donors[n:], opacity[n:]),
             erased_labels=self.alignment.labels[donors[n:]],
         )
+
+    def _laid(self, below: Tensor, above: Tensor, donors: Tensor, opacity: Tensor) -> Tensor:
+        """Donors' regions of `above` laid over `below`, with the edges that are set."""
+        if self.settings.edges != "blended":
+            return lay_over(below, above, opacity)
+        result = below.clone()
+        for place, donor in enumerate(donors.tolist()):
+            mask = torch.from_numpy(self._masks[donor]).to(below.device)
+            if donor not in self._membranes:
+                self._membranes[donor] = Membrane(self._masks[donor])
+            shift = self._membranes[donor]((below[place] - above[place]).double().cpu().numpy())
+            result[place][:, mask] = (above[place][:, mask] + torch.from_numpy(shift).to(below)).clamp(0, 1)
+        return result
 
     def _draw_receivers(self, label: int, donors: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         others = [k for k in self._receivers if k != label]
@@ -181,6 +204,14 @@ def pair_change(logits: Tensor, twins: Tensor) -> Tensor:
     change = logits - twins
     contrasts = (change - change.mean(1, keepdim=True)) * classes / (classes - 1)
     return contrasts.square().mean(1)
+
+
+def _filled(images: Tensor, masks: np.ndarray, donors: Sequence[int], fill: str) -> Tensor:
+    """The pictures, those of donors with their region filled from what lies around it."""
+    filled, by = images.clone(), fill_by_blur if fill == "blur" else fill_smoothly
+    for donor in donors:
+        filled[donor] = torch.from_numpy(by(images[donor].cpu().numpy(), masks[donor])).to(images)
+    return filled
 
 
 def _by_class(places: Sequence[int], labels: np.ndarray) -> dict[int, np.ndarray]:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lvlmva_core.arrays import read_array, read_attrs
 from lvlmva_core.errors import InputError
 from lvlmva_core.overrides import VERDICTS, Override, Tie
-from lvlmva_core.regions import NO_REGION, segmentation_digest
+from lvlmva_core.regions import NO_REGION, highest_attribution, segmentation_digest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -135,6 +136,7 @@ def assemble_masks(
     failures: Mapping[str, str],
     overrides: list[Override],
     shares: Mapping[str, Mapping[int, float]] | None = None,
+    kept: np.ndarray | None = None,
 ) -> MaskSet:
     """Masks of all samples, after overrides; a sample whose verdicts failed is left out with its reason.
 
@@ -144,6 +146,7 @@ def assemble_masks(
         overrides: at most one a region, as `overrides.resolve` gives them.
         shares: sample -> region -> share of votes that reject it, 0..1, then there are weights (an extension); an
             expert's verdict counts as all votes.
+        kept: bool (N, H, W), what of each region is masked where it was rejected; None = all of it.
 
     Raises:
         InputError: a sample has neither verdicts nor a failure, a region lacks a verdict, or no sample is left.
@@ -158,7 +161,7 @@ def assemble_masks(
         else:
             stale.append(override)
     usable, masks, weights, left_out, overridden = [], [], [], dict(failures), 0
-    for sample, label_map in zip(ids, segments, strict=True):
+    for place, (sample, label_map) in enumerate(zip(ids, segments, strict=True)):
         regions = set(np.unique(label_map).tolist()) - {NO_REGION}
         if not regions:
             left_out.setdefault(sample, "no_region")
@@ -168,14 +171,15 @@ def assemble_masks(
         left_out.pop(sample, None)  # an expert may have judged what the model could not
         if sample not in verdicts and sample not in given:
             raise InputError(f"sample '{sample}' has neither verdicts nor a failure; rerun `dvc repro judge`")
+        here = True if kept is None else kept[place]
         try:
-            masks.append(np.isin(label_map, _rejected(regions, corrected)))
+            masks.append(np.isin(label_map, _rejected(regions, corrected)) & here)
         except ValueError as error:
             raise InputError(f"sample '{sample}': {error}; rerun `dvc repro judge`") from error
         usable.append(sample)
         if shares is not None:
             of_expert = {region: float(verdict == "no") for region, verdict in given.get(sample, {}).items()}
-            weights.append(_weights(label_map, {**shares.get(sample, {}), **of_expert}))
+            weights.append(_weights(label_map, {**shares.get(sample, {}), **of_expert}) * here)
         overridden += sum(verdicts.get(sample, {}).get(r) != v for r, v in given.get(sample, {}).items())
     if not usable:
         reasons = ", ".join(sorted(set(left_out.values())))
@@ -184,6 +188,18 @@ def assemble_masks(
         )
     weighed = None if shares is None else np.stack(weights)
     return MaskSet(usable, np.stack(masks), left_out, overridden, stale, weighed)
+
+
+def highest_attributions(attributions: Path, ids: list[str], segments: np.ndarray, share: float) -> np.ndarray:
+    """`lvlmva_core.regions.highest_attribution` of each sample, bool (N, H, W), by what the stage `attribute` wrote.
+
+    Raises:
+        InputError: the attributions are of other samples.
+    """
+    if read_attrs(attributions)["ids"] != ids:
+        raise InputError(f"{attributions}: other samples than the segmentations; rerun `dvc repro segment`")
+    maps = read_array(attributions, "attributions")
+    return np.stack([highest_attribution(*pair, share) for pair in zip(maps, segments, strict=True)])
 
 
 def _weights(segments: np.ndarray, shares: Mapping[int, float]) -> np.ndarray:

@@ -10,7 +10,7 @@ from torch import Tensor
 from lvlmva_core.errors import InputError
 from lvlmva_core.samples import groups_known
 
-Strategy = Literal["low_entropy", "high_entropy", "random"]
+Strategy = Literal["low_entropy", "high_entropy", "random", "mixed"]
 
 
 def output_entropy(logits: Tensor) -> Tensor:
@@ -43,7 +43,8 @@ def select_alignment_set(
     Args:
         candidates: columns id (str), entropy (float64, nats), label (int64), prediction (int64).
         strategy: "low_entropy" | "high_entropy" (ties broken by id) | "random" (the prefix of one seeded permutation of
-            the ids, so that a smaller N is a subset of a larger one).
+            the ids, so that a smaller N is a subset of a larger one) | "mixed" (an extension: the lowest, the
+            highest, the second lowest, ..., so that half of them are of either kind).
         stratify: take the first N / K of each class in that order (the first classes get the remainder).
 
     Returns:
@@ -63,7 +64,9 @@ def select_alignment_set(
     if strategy == "random":
         table = table.iloc[np.random.default_rng(seed).permutation(len(table))]
     else:
-        table = table.sort_values("entropy", ascending=strategy == "low_entropy", kind="stable")
+        table = table.sort_values("entropy", ascending=strategy != "high_entropy", kind="stable")
+    if strategy == "mixed":
+        table = _from_both_ends(table, "label" if stratify else None)
     if stratify:
         classes = sorted(table["label"].unique())
         quota = {k: n_samples // len(classes) + (i < n_samples % len(classes)) for i, k in enumerate(classes)}
@@ -77,6 +80,15 @@ def select_alignment_set(
         table = table[place < table["label"].map(quota)]
     chosen = table.head(n_samples).assign(rank=np.arange(n_samples, dtype=np.int64))
     return chosen.sort_values("id", kind="stable", ignore_index=True)
+
+
+def _from_both_ends(table: pd.DataFrame, within: str | None) -> pd.DataFrame:
+    """Rows in the order first, last, second, last but one, ...; within each value of a column, if one is named."""
+    groups = np.zeros(len(table)) if within is None else table[within].to_numpy()
+    place = pd.Series(groups).groupby(groups).cumcount().to_numpy()
+    left = pd.Series(groups).groupby(groups).transform("size").to_numpy() - 1 - place
+    turn = np.where(place <= left, 2 * place, 2 * left + 1)
+    return table.iloc[np.argsort(turn, kind="stable")]
 
 
 def summary_of(chosen: pd.DataFrame, training: pd.DataFrame) -> dict[str, Any]:

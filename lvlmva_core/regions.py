@@ -38,6 +38,28 @@ def attribution_shares(attribution: np.ndarray, segments: np.ndarray) -> dict[in
     return {region: float(held[region]) / total for region in regions_present(segments)}
 
 
+def highest_attribution(attribution: np.ndarray, segments: np.ndarray, share: float) -> np.ndarray:
+    """Where each region's attribution is highest: its fewest pixels that hold a share of its positive attribution.
+
+    An extension: a region that the mixture drew around a shortcut is larger than the shortcut.
+
+    Args:
+        attribution: float (H, W). segments: uint8 (H, W); 255 = none. share: above 0, up to 1.
+
+    Returns:
+        bool (H, W); all of a region without positive attribution; False where there is no region.
+    """
+    effect = np.maximum(attribution.astype(np.float64), 0.0)
+    kept = np.zeros(segments.shape, dtype=bool)
+    for region in regions_present(segments):
+        inside = np.flatnonzero(segments.ravel() == region)
+        falling = inside[np.argsort(-effect.ravel()[inside], kind="stable")]
+        held = np.cumsum(effect.ravel()[falling])
+        enough = np.searchsorted(held, share * held[-1] * (1 - 1e-12)) + 1 if held[-1] > 0 else len(falling)
+        kept.ravel()[falling[:enough]] = True
+    return kept
+
+
 def overlaps(
     segments: np.ndarray, spurious_mask: np.ndarray, attribution: np.ndarray, rule: Overlap
 ) -> dict[int, bool]:

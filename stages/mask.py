@@ -9,12 +9,20 @@ from lvlmva.params import load_params
 from lvlmva_core.arrays import read_array, read_attrs, write_arrays, write_json
 from lvlmva_core.errors import InputError
 from lvlmva_core.lvlm.records import VerdictRow, read_rows
-from lvlmva_core.masks import assemble_masks, notes_on
+from lvlmva_core.masks import assemble_masks, highest_attributions, notes_on
 from lvlmva_core.overrides import read_reviews, resolve
 from lvlmva_core.regions import segmentation_digest
 
 
-def mask(params: Path, segments: Path, verdicts: Path, overrides: Path, masks: Path, mask_metrics: Path) -> None:
+def mask(
+    params: Path,
+    segments: Path,
+    verdicts: Path,
+    overrides: Path,
+    masks: Path,
+    mask_metrics: Path,
+    attributions: Path,
+) -> None:
     """Mask the regions that were judged spurious or irrelevant."""
     config = load_params(params).mask
     label_maps, attrs = read_array(segments, "segments"), read_attrs(segments)
@@ -38,8 +46,10 @@ def mask(params: Path, segments: Path, verdicts: Path, overrides: Path, masks: P
     reviews = read_reviews(overrides)
     resolved, all_ties = resolve(reviews.events)
     ties = [tie for tie in all_ties if digests.get(tie.sample) == tie.segmentation]
-    weighed = shares if config.weights == "votes" else None
-    result = assemble_masks(ids, label_maps, given, {**no_region, **failures}, resolved, weighed)
+    weighed, kept = (shares if config.weights == "votes" else None), None
+    if config.attribution_kept is not None:
+        kept = highest_attributions(attributions, ids, label_maps, config.attribution_kept)
+    result = assemble_masks(ids, label_maps, given, {**no_region, **failures}, resolved, weighed, kept)
     for line in [*reviews.notes, *notes_on(overrides, ties, result.stale, digests)]:
         typer.echo(line, err=True)
     if len(result.left_out) > config.max_failed_share * len(ids):

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from lvlmva_core.lvlm import detectors  # noqa: F401 - enters its critics
 from lvlmva_core.lvlm.calls import Call, Message, Picture, Record, answer_text
 from lvlmva_core.lvlm.cases import Case
 from lvlmva_core.lvlm.client import (
@@ -19,7 +20,7 @@ from lvlmva_core.lvlm.client import (
 from lvlmva_core.lvlm.offline import CRITICS
 from lvlmva_core.lvlm.prompts import Prompts
 from lvlmva_core.lvlm.records import NO_CRITIQUE, CritiqueRow, Region
-from lvlmva_core.lvlm.settings import Endpoint, ModelCritic, StandInCritic
+from lvlmva_core.lvlm.settings import DetectorCritic, Endpoint, ModelCritic, StandInCritic
 from lvlmva_core.regions import Overlay, regions_present
 from lvlmva_core.render import COLOUR_NAMES, render_image, render_overlay, render_segmentation
 
@@ -135,8 +136,8 @@ async def ask_critic(
     raise CallFailedError(f"{reason}; none of {max_attempts} answers is usable (critique.max_attempts)")
 
 
-def criticise(config: StandInCritic, cases: Sequence[Case]) -> list[CritiqueRow]:
-    """Rows of a stand-in's critiques."""
+def criticise(config: StandInCritic | DetectorCritic, cases: Sequence[Case]) -> list[CritiqueRow]:
+    """Rows of the critiques of a stand-in or a detector."""
     stand_in = CRITICS[config.critic]
     rows = []
     for case in cases:

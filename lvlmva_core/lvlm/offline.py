@@ -2,7 +2,8 @@
 
 Each is named for what it is, in every record; none of them is an LVLM. A stand-in is a function with one line above it:
 `@critic("name")` makes it a value of critique.critic, `@judge("name")` one of judge.judge. One more, replay, is the
-model's own path kept from sending (`lvlmva_core.lvlm.client`).
+model's own path kept from sending (`lvlmva_core.lvlm.client`). Trained detectors enter themselves in the same way
+(`lvlmva_core.lvlm.detectors`), and are no stand-ins.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ import numpy as np
 
 from lvlmva_core.errors import InputError
 from lvlmva_core.lvlm.cases import Case
-from lvlmva_core.lvlm.settings import OracleCritic
+from lvlmva_core.lvlm.settings import OracleCritic, is_detector
 from lvlmva_core.regions import ON_OBJECT, Overlap, overlaps, regions_present
 from lvlmva_core.render import COLOUR_NAMES
 
@@ -41,8 +42,8 @@ JUDGES: dict[str, Callable[[str, list[int]], dict[int, str]]] = {}
 
 
 def is_stand_in(name: str) -> bool:
-    """Whether a critic or judge, as records name it, is none of the models."""
-    return name in CRITICS or name in JUDGES or name == REPLAY
+    """Whether a critic or judge, as records name it, is a rule, the truth or a store, and nothing that was trained."""
+    return (name in CRITICS or name in JUDGES or name == REPLAY) and not is_detector(name)
 
 
 def critic(
@@ -123,7 +124,7 @@ def criticise_by_rules(picture: np.ndarray, segments: np.ndarray) -> str:
             f"The {COLOUR_NAMES[region]} region fills {inside.mean():.0%} of the picture, holds {on} pixels of the "
             f"stroke and {off} bright pixels apart from it. {conclusion}."
         )
-    return _with_verdicts(lines, verdicts)
+    return with_verdicts(lines, verdicts)
 
 
 def criticise_by_oracle(
@@ -167,7 +168,7 @@ def criticise_by_oracle(
         truth = truths[spurious]
         error = " This verdict is wrong on purpose." if wrong else ""
         lines.append(f"The {COLOUR_NAMES[region]} region {truth}.{error}")
-    return _with_verdicts(lines, verdicts)
+    return with_verdicts(lines, verdicts)
 
 
 @critic("rules")
@@ -238,7 +239,8 @@ def judge_by_rules(critique: str, regions: list[int]) -> dict[int, str]:
     return {region: verdicts[COLOUR_NAMES[region]] for region in regions}
 
 
-def _with_verdicts(lines: list[str], verdicts: Mapping[int, str]) -> str:
+def with_verdicts(lines: list[str], verdicts: Mapping[int, str]) -> str:
+    """Prose that ends with the line that `judge_by_rules` reads."""
     stated = "; ".join(f"{COLOUR_NAMES[region]} - {verdict}" for region, verdict in verdicts.items())
     return "\n".join([*lines, f"Verdicts: {stated}"])
 

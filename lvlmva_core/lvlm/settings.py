@@ -205,7 +205,8 @@ class StandInCritic(Several):
         from lvlmva_core.lvlm.offline import CRITICS
 
         if self.critic not in CRITICS:
-            raise ValueError(f"no critic '{self.critic}'; known: {', '.join((*CRITICS, 'model', 'replay'))}")
+            known = ", ".join(name for name in {**CRITICS, **_CRITICS} if name)
+            raise ValueError(f"no critic '{self.critic}'; known: {known}")
         return self
 
 
@@ -218,6 +219,40 @@ class OracleCritic(StandInCritic):
     false_positive_rate: Share = 0.0
     false_negative_rate: Share = 0.0
     seed: Seed = 0
+
+
+class DetectorCritic(Several):
+    """A trained detector of one thing (`lvlmva_core.lvlm.detectors`; an extension): no vision-language model."""
+
+    critic: str
+
+
+class TextCritic(DetectorCritic):
+    """Rejects regions that hold text (extra `ocr`).
+
+    side: what the picture's larger side is enlarged to before it is looked at. least_probability: of a piece of text.
+    overlap: "half_of_feature", a region is text that holds half of a piece or more; "any": that holds a pixel of it.
+    """
+
+    critic: Literal["text"]
+    side: Annotated[int, Field(ge=32, le=4096)] = 640
+    least_probability: Share = 0.4
+    overlap: Literal["any", "half_of_feature"] = "half_of_feature"
+
+
+class ConceptCritic(DetectorCritic):
+    """Rejects regions in which an ImageNet classifier sees a thing.
+
+    concepts: names of ImageNet's classes. weights: file of EfficientNet-Lite0's (docs/data.md). look: "alone", at the
+    square around each region; or "without", at the picture with the region filled. at_least: log-odds, or their fall,
+    from which a region is rejected, in nats.
+    """
+
+    critic: Literal["concept"]
+    concepts: Annotated[list[str], Field(min_length=1)]
+    weights: str
+    look: Literal["alone", "without"] = "alone"
+    at_least: Annotated[float, Field(allow_inf_nan=False)]
 
 
 class ModelCritic(Several):
@@ -294,16 +329,20 @@ def _kind(key: str, kinds: dict[str, type[Settings]], content: Any) -> str:
 _CRITICS: dict[str, type[Settings]] = {
     "": StandInCritic,
     "oracle": OracleCritic,
+    "text": TextCritic,
+    "concept": ConceptCritic,
     "model": ModelCritic,
     "replay": ModelCritic,
 }
 _JUDGES: dict[str, type[Settings]] = {"": StandInJudge, "model": ModelJudge, "replay": ModelJudge}
 
-# A stand-in without settings of its own, the oracle, or a model. Keys that only another kind reads may stand there
-# too, so that a critic can be exchanged by one key; they are not read.
+# A stand-in without settings of its own, the oracle, a detector, or a model. Keys that only another kind reads may
+# stand there too, so that a critic can be exchanged by one key; they are not read.
 Critique = Annotated[
     Annotated[StandInCritic, Tag("")]
     | Annotated[OracleCritic, Tag("oracle")]
+    | Annotated[TextCritic, Tag("text")]
+    | Annotated[ConceptCritic, Tag("concept")]
     | Annotated[ModelCritic, Tag("model")]
     | Annotated[ModelCritic, Tag("replay")],
     Discriminator(lambda content: _kind("critic", _CRITICS, content)),
@@ -315,5 +354,10 @@ Judge = Annotated[
     BeforeValidator(lambda content: _choose("judge", _JUDGES, content)),
 ]
 
-for _section in (StandInCritic, OracleCritic, ModelCritic):
+for _section in (StandInCritic, OracleCritic, TextCritic, ConceptCritic, ModelCritic):
     _section.model_rebuild()
+
+
+def is_detector(name: str) -> bool:
+    """Whether a critic, as records name it, is a trained detector of one thing."""
+    return issubclass(_CRITICS.get(name, Settings), DetectorCritic)

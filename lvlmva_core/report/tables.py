@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lvlmva_core.lvlm.offline import is_stand_in
+from lvlmva_core.lvlm.settings import is_detector
 from lvlmva_core.methods import METHODS, in_order
 from lvlmva_core.metrics import METRICS
 from lvlmva_core.outputs import BASE, SUBJECT
@@ -19,7 +20,10 @@ SPLITS = {
     "test_plain": "accuracy, no decoy",
 }
 
-OF_CRITIC = "verdicts of the critic"
+# how a method's supervision says that it comes from verdicts, and what the verdicts of some critics come from
+OF_VERDICTS = ("verdicts of the critic", "which pictures LVLM-VA masks", "area of LVLM-VA's masks")
+KNOWN = {"oracle": "drawn from true masks", "rules": "by a rule that knows where digits lie"}
+DESCRIBED = "a description per class"
 
 
 def judged_by(content: Mapping[str, Any]) -> str:
@@ -82,9 +86,17 @@ def significance(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
 
 def supervision(content: Mapping[str, Any]) -> list[str]:
     """What each method of the table had beside class labels in this run, in the order of the rows."""
-    # what an oracle says is drawn from the true masks, whoever is asked for verdicts
-    verdicts = f"{OF_CRITIC} (here drawn from true masks)" if "oracle" in content["verdicts"]["critic"] else OF_CRITIC
-    return [METHODS[name].supervision.replace(OF_CRITIC, verdicts) for name in in_order(content["methods"])]
+    critics = content["verdicts"]["critic"]
+    known = [words for name, words in KNOWN.items() if name in critics]
+    known += ["by a trained detector"] if any(is_detector(name) for name in critics) else []
+    drawn = f" (here {', '.join(known)})" if known else ""
+    found = [METHODS[name].supervision for name in in_order(content["methods"])]
+    if all(is_stand_in(name) or is_detector(name) for name in critics):  # none of them reads a description
+        found = [words.replace(f"{DESCRIBED}; ", "") for words in found]
+    return [
+        words.replace(of_verdicts, f"{of_verdicts}{drawn}") if (of_verdicts := _of_verdicts(words)) else words
+        for words in found
+    ]
 
 
 def verdict_table(verdicts: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -116,8 +128,13 @@ def markdown_table(columns: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
+def _of_verdicts(supervision: str) -> str | None:
+    return next((words for words in OF_VERDICTS if words in supervision), None)
+
+
 def _named(name: str) -> str:
-    return f"{name} (a stand-in, not a vision-language model)" if is_stand_in(name) else name
+    what = "a detector" if is_detector(name) else "a stand-in" if is_stand_in(name) else None
+    return f"{name} ({what}, not a vision-language model)" if what else name
 
 
 def _number(value: float | dict[str, float] | None, seeds: int) -> str:
@@ -164,12 +181,15 @@ def differences(content: Mapping[str, Any]) -> dict[str, dict[str, tuple[float, 
 
 
 def warning_of(verdicts: Mapping[str, Any]) -> str:
-    """What must be said first where stand-ins judged; "" where none did."""
-    stand_ins = {name for name in (*verdicts["critic"], *verdicts["judge"]) if is_stand_in(name)}
-    if not stand_ins:
+    """What must be said first where stand-ins or detectors judged; "" where none did."""
+    names = sorted({*verdicts["critic"], *verdicts["judge"]})
+    detectors, stand_ins = [n for n in names if is_detector(n)], [n for n in names if is_stand_in(n)]
+    if not detectors and not stand_ins:
         return ""
+    kinds = {"detector": detectors, "stand-in": stand_ins}
+    who = " and ".join(f"the {kind} {', '.join(those)}" for kind, those in kinds.items() if those)
     return (
-        f"No vision-language model was asked. The verdicts come from the stand-in {', '.join(sorted(stand_ins))}: "
+        f"No vision-language model was asked. The verdicts come from {who}: "
         "the figures show what the pipeline does with such verdicts, not how well a model judges."
     )
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from lvlmva_core.lvlm.cases import Case
 from lvlmva_core.lvlm.offline import CRITICS, judge_by_rules
-from lvlmva_core.lvlm.settings import StandInCritic
+from lvlmva_core.lvlm.settings import DetectorCritic, StandInCritic
 from lvlmva_core.regions import NO_REGION, regions_present
 from lvlmva_core.render import COLOUR_NAMES
 from lvlmva_core.testing.checks import global_generators_left_alone
@@ -31,7 +31,7 @@ class CriticTests:
     channels = 1
     size = 28
 
-    def settings(self) -> StandInCritic:
+    def settings(self) -> StandInCritic | DetectorCritic:
         """The section `critique` of params."""
         return StandInCritic(critic=self.name, prompts="decoy_digits")
 

@@ -96,7 +96,14 @@ def test_what_nothing_hangs_on_is_not_asked_about_and_not_rejected(
     (overrides := folder / "overrides").mkdir()
     data = folder / "data"
     out = (data / "masks.zarr", folder / "mask.json")
-    mask(Path("params.yaml"), data / "segments.zarr", data / "verdicts.jsonl", overrides, *out)
+    mask(
+        Path("params.yaml"),
+        data / "segments.zarr",
+        data / "verdicts.jsonl",
+        overrides,
+        *out,
+        data / "attributions.zarr",
+    )
     wanted = [~np.isin(each, sorted(left.get(n, set()))) for n, each in enumerate(segments)]
     np.testing.assert_array_equal(read_array(data / "masks.zarr", "masks"), np.stack(wanted))
 

@@ -36,7 +36,7 @@ def _assert_votes_weigh_masks(here: Path) -> None:
             yaml.dump(content, file)
         data = here / "data"
         given = (params, data / "segments.zarr", data / "verdicts.jsonl", here / "overrides")
-        mask(*given, here / f"{name}.zarr", files[name])
+        mask(*given, here / f"{name}.zarr", files[name], data / "attributions.zarr")
     params.write_text(text)
     ids, weights = read_penalised(here / "soft.zarr")
     assert weights.dtype == np.float32

@@ -299,6 +299,7 @@ def test_the_masks_follow_the_reviewers(tmp_path: Path, capsys: pytest.CaptureFi
         folder / "overrides",
         data / "masks.zarr",
         folder / "mask.json",
+        data / "attributions.zarr",
     )
     expected = {0: {0, 2}, 1: set(), 2: {2}, 3: set(), 4: {2}, 5: {2}}
     masks = read_array(data / "masks.zarr", "masks")

@@ -234,7 +234,10 @@ def test_a_critic_is_exchanged_by_one_key_whatever_stands_there_for_others(tmp_p
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({**SHORT, "critic": "ruls"}, r"'critique': no critic 'ruls'; known: rules, oracle, model, replay"),
+        (
+            {**SHORT, "critic": "ruls"},
+            r"'critique': no critic 'ruls'; known: rules, oracle, text, concept, model, replay",
+        ),
         ({**SHORT, "overlapp": "any"}, r"unknown key 'critique\.overlapp'"),
         ({**SHORT, "critic": "oracle", "overlap": "most"}, r"'critique\.overlap' = 'most'"),
         (

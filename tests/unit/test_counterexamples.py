@@ -21,6 +21,7 @@ from lvlmva_core.alignment.loop import AlignedRun
 from lvlmva_core.controls import masks_on_random_pictures, random_masks_like, shares_per_class
 from lvlmva_core.counterexamples import Counterexamples, opacity_of, pair_change
 from lvlmva_core.errors import InputError
+from lvlmva_core.fills import fill_by_blur, fill_smoothly
 from lvlmva_core.resume import Resume
 from lvlmva_core.samples import Split
 from lvlmva_core.store import Store
@@ -71,6 +72,45 @@ def test_swapped_and_erased_pictures_are_those_made_by_hand() -> None:
                 for x in range(SIDE):
                     source = alignment.images[filler] if masks[donor, y, x] else alignment.images[donor]
                     assert made.erased[n, c, y, x] == source[c, y, x]
+
+
+@pytest.mark.parametrize(("fill", "by"), [("blur", fill_by_blur), ("inpaint", fill_smoothly)])
+def test_erased_pictures_may_be_filled_from_what_lies_around(fill: str, by: Any) -> None:
+    training, alignment, masks = _data()
+    drawn = Counterexamples(training, alignment, masks, _made_like(fill=fill))
+    assert drawn.donors_per_class()["erased"] == {0: 6, 1: 3}
+    step = drawn.draw(2, seed=1, epoch=1)[1]
+    made = drawn.make(step)
+    for n in range(4):
+        donor = int(step[6 + n, 0])
+        expected = by(alignment.images[donor].numpy(), masks[donor].numpy())
+        np.testing.assert_allclose(made.erased[n].numpy(), expected)
+        assert made.erased_labels[n] == alignment.labels[donor]
+    # no picture of the class is needed
+    Counterexamples(training, alignment, torch.ones_like(masks), _made_like(fill=fill))
+
+
+def test_blended_edges_keep_the_donor_s_gradients_and_the_receiver_s_edge() -> None:
+    rows, columns = torch.meshgrid(torch.arange(12.0), torch.arange(12.0), indexing="ij")
+    receivers = torch.stack([0.2 + 0.03 * rows + 0.01 * columns] * 8)[:, None].double()
+    donor = (0.6 + 0.1 * torch.sin(rows) * torch.cos(columns)).double()
+    donors = torch.stack([donor] * 4)[:, None]
+    mask = torch.zeros((4, 12, 12), dtype=torch.bool)
+    mask[:, 3:8, 4:9] = True
+    training, alignment = Split(receivers, torch.ones(8).long()), Split(donors, torch.zeros(4).long())
+    made_like = _made_like(edges="blended", erased=0)
+    drawn = Counterexamples(training, alignment, mask, made_like)
+    swapped = drawn.make(drawn.draw(1, 0, 1)[0]).swapped[0, 0]
+    assert torch.equal(swapped[~mask[0]], receivers[0, 0][~mask[0]])
+
+    def laplace(surface: Tensor) -> Tensor:
+        around = surface[:-2, 1:-1] + surface[2:, 1:-1] + surface[1:-1, :-2] + surface[1:-1, 2:]
+        return (around - 4 * surface[1:-1, 1:-1])[2:7, 3:8]  # of the pixels in the mask
+
+    torch.testing.assert_close(laplace(swapped), laplace(donor), atol=1e-9, rtol=0)  # Poisson's equation
+    hard = Counterexamples(training, alignment, mask, _made_like(erased=0))
+    seam = hard.make(hard.draw(1, 0, 1)[0]).swapped[0, 0].diff(dim=0).abs().max()
+    assert swapped.diff(dim=0).abs().max() < 0.6 * seam
 
 
 def test_where_a_class_has_no_unmasked_picture_the_filler_has_nothing_rejected_at_that_place() -> None:
@@ -349,6 +389,62 @@ def test_a_known_shortcut_goes_by_the_verdicts_and_stays_with_random_places() ->
     assert min(effects["random places"] + effects["class-matched"]) > 0.5 * before
 
 
+def _level(seed: int, n: int) -> tuple[Tensor, Tensor]:
+    """Pictures of one grey each, 12 a side, darker or brighter than the others; the class shows in the middle."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % 2
+    level = 0.3 + 0.1 * torch.rand((n, 1, 1, 1), generator=generator)
+    images = (level + 0.01 * torch.randn((n, 1, 12, 12), generator=generator)).clamp(0, 1)
+    images[:, 0, 5:8, 5:8] += (0.04 + 0.04 * torch.rand((n, 1, 1), generator=generator)) * labels[:, None, None]
+    return images, labels
+
+
+def _effect_of_edges(model: nn.Module) -> float:
+    """Change of z_1 - z_0 by an innocent patch with hard edges from another picture, over its standard deviation."""
+    images, _ = _level(9, 400)
+    patched = images.clone()
+    patched[:, 0, 0:4, 7:11] = images.roll(7, 0)[:, 0, 0:4, 7:11]
+    with torch.no_grad():
+        before, after = (z[:, 1] - z[:, 0] for z in (model(images), model(patched)))
+    return float((after - before).mean() / before.std())
+
+
+def _small_cnn() -> nn.Module:
+    torch.manual_seed(1)
+    layers = nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AvgPool2d(4), nn.Flatten()
+    return nn.Sequential(*layers, nn.Linear(32, 2))
+
+
+def _learn(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for rows in torch.cat([torch.randperm(len(images)) for _ in range(30)]).view(-1, 50):
+        optimizer.zero_grad()
+        functional.cross_entropy(model(images[rows]), labels[rows]).backward()
+        optimizer.step()
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_hard_edge_is_not_learnt_as_a_shortcut() -> None:
+    images, labels = _level(1, 300)
+    _learn(base := _small_cnn(), images, labels)
+    masks = torch.zeros((60, 12, 12), dtype=torch.bool)
+    masks[:, 0:4, 7:11] = (torch.arange(60) % 4 == 0)[:, None, None]  # innocent regions, of one class alone
+    settings = AlignSettings.model_validate(
+        {"rrr_lambda": 0.0, "learning_rate": 1e-3, "epochs": 12, "seeds": [0], "correction": "counterexamples"}
+    )
+    training = Split(images, labels)
+    (run,) = align_ensemble(base, training, Split(images[:60], labels[:60]), masks, training, settings)
+    misled = copy.deepcopy(base)
+    base.load_state_dict(run.weights)
+    assert abs(_effect_of_edges(base)) < 0.15
+    # edges that go with a class are learnt: pictures without a middle, edges in one class alone
+    edged = images.clone()
+    edged[:, 0, 5:8, 5:8] = images[:, 0, 5:8, 0:3]
+    edged[labels == 0, 0, 0:4, 7:11] = images.roll(5, 0)[labels == 0, 0, 0:4, 7:11]
+    _learn(misled, edged, labels)
+    assert _effect_of_edges(misled) < -0.5
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -356,6 +452,7 @@ def test_a_known_shortcut_goes_by_the_verdicts_and_stays_with_random_places() ->
         ({"swapped": 0}, "pair_weight compares swapped pictures with their twins"),
         ({"edges": "feathered"}, "feather says over how many pixels"),
         ({"feather": 2.0}, "feather says over how many pixels"),
+        ({"fill": "blur", "erased": 0}, "fill is of erased pictures, and erased is 0"),
     ],
 )
 def test_settings_that_would_do_nothing_are_refused(options: dict[str, Any], message: str) -> None:

@@ -119,11 +119,22 @@ def test_a_sweep_is_printed_with_the_columns_that_were_asked_for(
 
 
 def test_supervision_says_what_was_used_in_this_run() -> None:
-    methods: dict[str, dict[str, float]] = {"base": {}, "lvlm_va": {}, "lvlm_va_counterexamples": {}}
-    for critic, said in (("oracle", "verdicts of the critic (here drawn from true masks)"), ("rules", "of the critic")):
+    methods: dict[str, dict[str, float]] = {
+        "base": {},
+        "random_masks": {},
+        "lvlm_va": {},
+        "lvlm_va_counterexamples": {},
+    }
+    for critic, said in (
+        ("oracle", " (here drawn from true masks)"),
+        ("rules", " (here by a rule that knows where digits lie)"),
+        ("text", " (here by a trained detector)"),
+        ("gpt-4o@1", ""),
+    ):
         found = supervision({"methods": methods, "verdicts": {"critic": [critic]}})
-        assert found[0] == "none"
-        assert all(row.endswith(said) for row in found[1:])
+        assert found[:2] == ["none", f"which pictures LVLM-VA masks{said}, and how much of each"]
+        described = "a description per class; " if critic == "gpt-4o@1" else ""  # the others read none
+        assert set(found[2:]) == {f"{described}verdicts of the critic{said}"}
 
 
 def test_one_seed_has_no_spread_in_the_table() -> None:

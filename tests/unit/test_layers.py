@@ -14,6 +14,7 @@ LAYERS = [
     [
         "samples",
         "corruptions",
+        "fills",
         "regions",
         "independence",
         "agreement",
@@ -24,7 +25,7 @@ LAYERS = [
     ],
     ["datasets"],
     ["adam", "models", "efficientnet_lite", "foreign", "splits", "training", "resume"],
-    ["ranking", "exchange", "counterexamples"],
+    ["ranking", "exchange", "counterexamples", "concepts", "found_text"],
     ["attribution", "attribution_methods", "attribution_maps"],
     ["segmentation", "segmenters", "segmentations", "render"],
     ["lvlm"],

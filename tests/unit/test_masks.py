@@ -1,13 +1,16 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
 
 from lvlmva_core.alignment.selection import by_pseudo_group
 from lvlmva_core.controls import masks_on_random_pictures, random_masks_like
 from lvlmva_core.errors import InputError
 from lvlmva_core.masks import assemble_mask, assemble_masks, why_stale
 from lvlmva_core.overrides import Override
-from lvlmva_core.regions import segmentation_digest
+from lvlmva_core.regions import highest_attribution, segmentation_digest
 
 SEGMENTS = np.array([[0, 0, 1], [2, 1, 255]], dtype=np.uint8)
 
@@ -17,6 +20,40 @@ def test_the_mask_is_true_where_the_judge_said_no_and_nowhere_else() -> None:
     mask = assemble_mask(torch.from_numpy(SEGMENTS), {0: "yes", 1: "no", 2: "yes"})
     assert mask.dtype == torch.bool
     assert mask.tolist() == [[False, False, True], [False, True, False]]
+
+
+def test_of_a_rejected_region_only_what_is_kept_is_masked() -> None:
+    kept = np.array([[[True, False, True], [True, False, True]]])
+    verdicts = {"a": {0: "yes", 1: "no", 2: "no"}}
+    shares = {"a": {0: 0.2, 1: 0.7, 2: 0.6}}
+    found = assemble_masks(["a"], SEGMENTS[None], verdicts, {}, [], shares, kept)
+    assert found.masks.tolist() == [[[False, False, True], [True, False, False]]]
+    assert found.weights is not None
+    np.testing.assert_allclose(found.weights, [[[0.2, 0, 0.7], [0.6, 0, 0]]], rtol=1e-6)
+    whole = assemble_masks(["a"], SEGMENTS[None], verdicts, {}, [])
+    assert (whole.masks & kept).tolist() == found.masks.tolist()
+
+
+@given(
+    attribution=npst.arrays(np.float32, (4, 5), elements=st.integers(-3, 6).map(float)),
+    segments=npst.arrays(np.uint8, (4, 5), elements=st.sampled_from([0, 1, 255])),
+    share=st.sampled_from([0.1, 0.5, 0.8, 1.0]),
+)
+@settings(max_examples=100, deadline=None)
+def test_the_highest_attribution_is_the_fewest_pixels_that_hold_the_share(
+    attribution: np.ndarray, segments: np.ndarray, share: float
+) -> None:
+    kept = highest_attribution(attribution, segments, share)
+    assert not kept[segments == 255].any()
+    for region in {0, 1} & set(segments.ravel().tolist()):
+        inside = segments == region
+        effect = sorted((max(float(v), 0.0) for v in attribution[inside]), reverse=True)
+        count = int((kept & inside).sum())
+        if sum(effect) == 0:
+            assert count == inside.sum()
+            continue
+        assert sum(effect[:count]) >= share * sum(effect) - 1e-9 > sum(effect[: count - 1]) - 2e-9
+        assert attribution[kept & inside].min() >= attribution[inside & ~kept].max(initial=-9)
 
 
 def test_pixels_of_no_region_are_never_masked_and_unsure_masks_nothing() -> None:

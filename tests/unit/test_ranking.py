@@ -57,7 +57,7 @@ def test_selection_is_the_sorted_prefix_with_ties_by_id(strategy: str, sign: int
     assert chosen["id"].is_monotonic_increasing
 
 
-@pytest.mark.parametrize("strategy", ["low_entropy", "high_entropy", "random"])
+@pytest.mark.parametrize("strategy", ["low_entropy", "high_entropy", "random", "mixed"])
 def test_selection_ignores_row_order_and_grows_by_addition(strategy: str) -> None:
     candidates = _candidates()
     small = select_alignment_set(candidates, 15, strategy, stratify=False, seed=3)
@@ -79,6 +79,21 @@ def test_stratified_selection_takes_the_lowest_of_each_class() -> None:
     for label, group in chosen.groupby("label"):
         own = candidates[candidates["label"] == label].sort_values(["entropy", "id"]).head(len(group))
         assert set(own["id"]) == set(group["id"])
+
+
+@pytest.mark.parametrize("stratify", [False, True])
+def test_a_mixed_selection_is_half_of_the_lowest_and_half_of_the_highest(stratify: bool) -> None:
+    candidates = _candidates()
+    chosen = select_alignment_set(candidates, 21, "mixed", stratify=stratify, seed=0)
+    groups = [(chosen, candidates)]
+    if stratify:
+        groups = [(chosen[chosen["label"] == k], candidates[candidates["label"] == k]) for k in range(3)]
+        assert [len(own) for own, _ in groups] == [7, 7, 7]
+    for own, every in groups:
+        order = sorted(zip(every["entropy"], every["id"], strict=True))
+        low, high = -(-len(own) // 2), len(own) // 2
+        assert set(own["id"]) == {sample for _, sample in order[:low] + order[len(order) - high :]}
+    assert len(select_alignment_set(candidates, 60, "mixed", stratify=False, seed=0)) == 60
 
 
 def test_selection_refuses_more_than_there_is() -> None:
