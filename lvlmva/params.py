@@ -117,6 +117,8 @@ class Params(Settings):
             )
         trained = self.train.model_dump()
         known = {**{key: value for key, value in trained.items() if value is not None}, "seeds": self.align.seeds}
+        if self.align.selection:
+            known["selection"] = {**self.align.selection.model_dump(), "rrr_lambdas": []}  # there is no λ here
         for name, own in self.retrained.items():
             _check_method("retrained", name, "retrained")
             section: type[Settings] = importlib.import_module(f"lvlmva_core.baselines.{name}").Settings
@@ -168,11 +170,11 @@ class Params(Settings):
                     f"{section}.{name} needs {lacking[need]}, and the data set has none; "
                     f"remove '{name}' from `{section}`"
                 )
-            rule = getattr(settings, "rule", None) or getattr(getattr(settings, "selection", None), "rule", None)
+            rule = getattr(getattr(settings, "selection", None), "rule", None)
             if rule == "worst_group" and lacking["groups"]:
                 raise InputError(
                     f"{section}.{name}: the rule worst_group needs {lacking['groups']}, and the data set has none; "
-                    f"set it to {'accuracy' if section == 'retrained' else 'pseudo_group, which needs none'}"
+                    "set it to pseudo_group, which needs none"
                 )
 
     def check_batches(self, n_train: int) -> None:

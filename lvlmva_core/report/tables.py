@@ -84,7 +84,23 @@ def supervision(content: Mapping[str, Any]) -> list[str]:
     """What each method of the table had beside class labels in this run, in the order of the rows."""
     # what an oracle says is drawn from the true masks, whoever is asked for verdicts
     verdicts = f"{OF_CRITIC} (here drawn from true masks)" if "oracle" in content["verdicts"]["critic"] else OF_CRITIC
-    return [METHODS[name].supervision.replace(OF_CRITIC, verdicts) for name in in_order(content["methods"])]
+    chosen = content.get("chosen", {})
+    to_choose = {name: f"; to choose: {of['supervision']}" for name, of in chosen.items()}
+    said = [METHODS[name].supervision + to_choose.get(name, "") for name in in_order(content["methods"])]
+    return [each.replace(OF_CRITIC, verdicts) for each in said]
+
+
+def choices(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Column names and rows of what was chosen for each method, by which rule, and where that ends the grid."""
+    rows = []
+    for name in in_order(content.get("chosen", {})):
+        of = content["chosen"][name]
+        ends = {key: f" ({end} that was tried)" for key, end in of["at_edge"].items()}
+        values = [f"{key} = {value:g}{ends.get(key, '')}" for key, value in of["chosen"].items()]
+        epoch = f"{of['epoch']['mean']:.1f}" if "epoch" in of else "none"
+        tried = str(len(of["candidates"]))
+        rows.append([METHODS[name].label, of["rule"], tried, "; ".join(values) or "as set", epoch])
+    return ["method", "rule", "candidates", "chosen", "epoch, mean over seeds"], rows
 
 
 def verdict_table(verdicts: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -203,6 +219,17 @@ def page_tables(content: Mapping[str, Any], class_names: Sequence[str]) -> list[
                 "Verdicts against the true masks",
                 "Precision: of the regions judged spurious, the share that overlaps the spurious feature. Recall: of "
                 "the regions that overlap it, the share judged spurious. What counts as overlap is the first column.",
+                columns,
+                rows,
+            )
+        )
+    columns, rows = choices(content)
+    if rows:
+        tables.append(
+            Table(
+                "Chosen settings",
+                "By one rule and one set of donors for all methods, on the validation split. Where a value is the "
+                "lowest or highest that was tried, what lies beyond was not looked at.",
                 columns,
                 rows,
             )
