@@ -280,7 +280,7 @@ def _explain(error: ValidationError, section: type[Settings], place: str) -> str
     """Say what the first error of a validation is, in one line that names the key and the remedy."""
     first = error.errors(include_url=False, include_context=True)[0]
     path, known = _place_of(section, first["loc"])
-    key = place + ".".join(path) or "the file"
+    key = (place + ".".join(path)).rstrip(".") or "the file"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
         close = difflib.get_close_matches(path[-1], known, n=1)
