@@ -89,7 +89,7 @@ def compared(models: Models, samples: pd.DataFrame, *, draws: int = 2000, seed: 
     Raises:
         InputError: a measure needs what the data set does not say.
     """
-    measures = _measures(samples)
+    measures = measures_of(samples)
     table = []
     for subject, controls in CONTROLS.items():
         wanted = [name for name in (BASE, LAMBDA_ZERO, *controls) if any(name in of for of in models.values())]
@@ -104,7 +104,7 @@ def compared(models: Models, samples: pd.DataFrame, *, draws: int = 2000, seed: 
             others = [BASE, LAMBDA_ZERO, *([better(there, key=lambda name: means[name])] if there else [])]
             family = {}
             for other in others:
-                found = _drawn_differences(stacked[subject], stacked[other], statistic, draws, seed)
+                found = drawn_differences(stacked[subject], stacked[other], statistic, draws, seed)
                 low, high = np.quantile(found, [0.025, 0.975])
                 difference = means[subject] - means[other]
                 family[other] = (means[subject], means[other], difference, float(low), float(high), two_sided_p(found))
@@ -116,8 +116,12 @@ def compared(models: Models, samples: pd.DataFrame, *, draws: int = 2000, seed: 
 Taken = Callable[[Outputs, int], np.ndarray]  # outputs, place of the seed -> (pictures, columns)
 
 
-def _measures(samples: pd.DataFrame) -> dict[str, tuple[Taken, Callable[[np.ndarray], float]]]:
-    """What each measure takes of a model, and how it comes from (bases, seeds, pictures, columns)."""
+def measures_of(samples: pd.DataFrame) -> dict[str, tuple[Taken, Callable[[np.ndarray], float]]]:
+    """MEASURES -> what it takes of a model, and how it comes from (bases, seeds, pictures, columns).
+
+    Raises:
+        InputError: no test picture is there with and without the spurious feature.
+    """
     rows = samples[samples["split"].str.startswith("test")].reset_index(drop=True)
     test = np.flatnonzero(rows["split"] == "test")
     pairs = shortcut_pairs(samples)
@@ -139,9 +143,10 @@ def _measures(samples: pd.DataFrame) -> dict[str, tuple[Taken, Callable[[np.ndar
     }
 
 
-def _drawn_differences(
+def drawn_differences(
     values: np.ndarray, others: np.ndarray, statistic: Callable[[np.ndarray], float], draws: int, seed: int
 ) -> np.ndarray:
+    """Bootstrap draws of the statistic's difference, (draws,); values, others: (bases, seeds, pictures, columns)."""
     both = np.stack([values, others], axis=3)
     return hierarchical_bootstrap(
         both, lambda drawn: statistic(drawn[..., 0, :]) - statistic(drawn[..., 1, :]), seed=seed, draws=draws

@@ -30,7 +30,7 @@ def judged_by(content: Mapping[str, Any]) -> str:
     prompt = "" if named is None else f" ({'told' if named else 'not told'} the known spurious features)"
     rates = ", ".join(
         f"{name.replace('_', ' ')} {content['verdicts']['critic_settings'][name]}"
-        for name in ("rejects", "overlap", "false_positive_rate", "false_negative_rate")
+        for name in ("rejects", "overlap", "false_positive_rate", "false_negative_rate", "errors")
         if name in content["verdicts"]["critic_settings"]
     )
     return f"critic: {critics}{prompt}{f' ({rates})' if rates else ''}; judge: {judges}"

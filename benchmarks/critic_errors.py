@@ -1,0 +1,286 @@
+"""How wrong may the critic be? Both corrections over a grid of wrong verdicts; goes on where it was killed.
+
+    python -m benchmarks.critic_errors --work <folder> [--bases 3]
+    python -m benchmarks.critic_errors --report      # figures and the page's tables anew, from the committed rows
+
+What is measured, and how, was declared before the first run: docs/critic_errors.md.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.trials import CORRECTIONS, LAMBDA_ZERO, Trial, differences, values_of
+from lvlmva.tables import END
+from lvlmva_core.errors import InputError
+from lvlmva_core.methods import METHODS
+from lvlmva_core.outputs import BASE, Outputs
+from lvlmva_core.report.tables import markdown_table
+
+MISSED = (0.0, 0.12, 0.24, 0.36, 0.48, 0.6)  # false negatives
+FALSE_ALARMS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)  # false positives
+ERRORS = {
+    "independent": "independent errors",
+    "by_class": "all errors in some classes",
+    "small_regions": "errors on the smallest regions",
+}
+MEASURES = {"reliance": "reliance", "wga": "WGA", "accuracy": "accuracy"}
+ROWS, COMPARED = Path("docs/results/critic_errors.csv"), Path("docs/results/critic_errors_compared.csv")
+PAGE, IMAGES = Path("docs/critic_errors.md"), Path("docs/images")
+START = "<!-- python -m benchmarks.critic_errors --report -->\n"
+# LVLM-VA's critics on knee (its recall) and USD per million input tokens, as the paper gives them
+CRITICS = {
+    "GPT-5": (1.0, 1.25),
+    "Llama-4-Scout": (0.88, None),
+    "GPT-4o": (0.87, 2.5),
+    "Qwen3-VL-235B": (0.46, None),
+    "GPT-4o-mini": (0.42, 0.15),
+}
+CALLS, TOKENS = 256, 1700  # of an alignment set; in, a sample, Critic and Judge together (docs/critics.md)
+
+Cell = tuple[str, float, float]  # errors, false negatives, false positives
+
+
+def cells() -> Iterator[Cell]:
+    """All cells, the most wanted first; what all kinds of errors have in common, no error at all, is there once."""
+    for errors in ERRORS:
+        for missed in MISSED:
+            for alarms in FALSE_ALARMS:
+                if errors == "independent" or missed or alarms:
+                    yield errors, missed, alarms
+
+
+def measure(folder: Path, bases: int) -> None:
+    """Train what is not there, and write the rows and comparisons of what is complete, after each kind of errors."""
+    trials = [Trial(folder / f"base={base}", "decoy_digits", [f"train.seed={base}"]) for base in range(bases)]
+    every = list(cells())
+    started, trained = time.monotonic(), 0
+    for place, (errors, missed, alarms) in enumerate(every):
+        for base, trial in enumerate(trials):
+            for method in CORRECTIONS:
+                name = _name(method, (errors, missed, alarms))
+                if (trial.here / "outputs" / f"{name}.safetensors").exists():
+                    continue
+                trial.corrected(name, method, base, _critic((errors, missed, alarms)))
+                trained += 1
+        if trained:
+            left = (time.monotonic() - started) / trained * len(trials) * len(CORRECTIONS) * (len(every) - place - 1)
+            sys.stdout.write(
+                f"{errors} {missed} {alarms}: {place + 1} of {len(every)}, about {left / 60:.0f} min left\n"
+            )
+            sys.stdout.flush()
+        if place + 1 == len(every) or every[place + 1][0] != errors:
+            write_rows(trials, every[: place + 1])
+
+
+def _critic(cell: Cell) -> dict[str, str | float]:
+    return {"errors": cell[0], "false_negative_rate": cell[1], "false_positive_rate": cell[2]}
+
+
+def _name(method: str, cell: Cell) -> str:
+    return f"{method}-{cell[0]}-{cell[1]}-{cell[2]}"
+
+
+def write_rows(trials: Sequence[Trial], done: Sequence[Cell]) -> None:
+    """A row a model, and a row for each difference to the base and to λ = 0."""
+    rows, compared = [], []
+    plain: dict[str, list[Outputs]] = {}
+    for method in (BASE, LAMBDA_ZERO):
+        plain[method] = [trial.corrected(method, method, base, {}) for base, trial in enumerate(trials)]
+        for base, (trial, outputs) in enumerate(zip(trials, plain[method], strict=True)):
+            rows.append({"errors": "", "method": method, "base": base, **values_of(trial, outputs)})
+    for cell in done:
+        told = {"errors": cell[0], "false_negatives": cell[1], "false_positives": cell[2]}
+        quality = [trial.verdicts(_critic(cell))[2] for trial in trials]
+        for method in CORRECTIONS:
+            found = [trial.corrected(_name(method, cell), method, base, {}) for base, trial in enumerate(trials)]
+            for base, (trial, outputs) in enumerate(zip(trials, found, strict=True)):
+                said = {key: quality[base][key] for key in ("recall", "precision", "masked_area")}
+                rows.append({**told, "method": method, "base": base, **said, **values_of(trial, outputs)})
+            for against, others in plain.items():
+                for name, (value, low, high) in differences(trials[0], found, others).items():
+                    of = {"method": method, "against": against, "measure": name}
+                    compared.append({**told, **of, "difference": value, "low": low, "high": high})
+    ROWS.parent.mkdir(exist_ok=True)
+    pd.DataFrame(rows).to_csv(ROWS, index=False, float_format="%.6f")
+    pd.DataFrame(compared).to_csv(COMPARED, index=False, float_format="%.6f")
+
+
+def grid_of(compared: pd.DataFrame, errors: str, method: str, measure: str, column: str, against: str) -> np.ndarray:
+    """A column of the comparisons as a grid, (false positives, false negatives) rising; NaN where it was not run."""
+    chosen = compared[
+        (compared["method"] == method) & (compared["measure"] == measure) & (compared["against"] == against)
+    ]
+    without = (chosen["false_negatives"] == 0) & (chosen["false_positives"] == 0)  # the same for all kinds of errors
+    chosen = chosen[(chosen["errors"] == errors) | without]
+    table = chosen.pivot(index="false_positives", columns="false_negatives", values=column)
+    return np.asarray(table.reindex(index=FALSE_ALARMS, columns=MISSED), dtype=float)
+
+
+def heat_maps(compared: pd.DataFrame, errors: str) -> Figure:
+    """Of each correction the change of reliance and of WGA against the base, with the lines where it is none."""
+    figure = Figure(figsize=(9.4, 8.2), layout="constrained")
+    grid = figure.subplots(2, 2)
+    for row, method in enumerate(CORRECTIONS):
+        for axes, (measure, good) in zip(grid[row], (("reliance", -1), ("wga", 1)), strict=True):
+            _heat_map(axes, compared, errors, method, measure, good)
+    figure.suptitle(f"decoy_digits, critic: oracle (a stand-in), {ERRORS[errors]}", fontsize=11)
+    return figure
+
+
+def _heat_map(axes: Axes, compared: pd.DataFrame, errors: str, method: str, measure: str, good: int) -> None:
+    values = grid_of(compared, errors, method, measure, "difference", BASE)
+    sure = grid_of(compared, errors, method, measure, "high" if good < 0 else "low", BASE) * good > 0
+    largest = float(np.nanmax(np.abs(values)))
+    shown = axes.pcolormesh(
+        MISSED,
+        FALSE_ALARMS,
+        values,
+        cmap="RdBu_r" if good < 0 else "RdBu",
+        vmin=-largest,
+        vmax=largest,
+        shading="nearest",
+    )
+    axes.figure.colorbar(shown, ax=axes, shrink=0.8)
+    for row, alarms in enumerate(FALSE_ALARMS):
+        for column, missed in enumerate(MISSED):
+            if not np.isnan(values[row, column]):
+                text = f"{values[row, column]:+.2f}{'' if sure[row, column] else ' ?'}"
+                axes.text(missed, alarms, text, ha="center", va="center", fontsize=7)
+    for against, style in ((BASE, "solid"), (LAMBDA_ZERO, "dashed")):
+        level = grid_of(compared, errors, method, measure, "difference", against)
+        if np.nanmin(level) < 0 < np.nanmax(level):
+            axes.contour(MISSED, FALSE_ALARMS, level, levels=[0.0], colors="black", linestyles=style, linewidths=1.5)
+    low = FALSE_ALARMS[0] - 0.05
+    for name, (recall, _) in CRITICS.items():
+        axes.plot(1 - recall, low, marker="^", color="black", clip_on=False, markersize=6)
+        axes.annotate(name, (1 - recall, low), xytext=(2, 4), textcoords="offset points", fontsize=6, rotation=35)
+    axes.set_xlabel("false negatives: spurious regions accepted", fontsize=8)
+    axes.set_ylabel("false positives: relevant regions rejected", fontsize=8)
+    axes.set_title(f"{METHODS[method].label}: Δ {MEASURES[measure]} to the base", fontsize=9)
+
+
+def _of_critics(compared: pd.DataFrame, method: str, measure: str) -> list[float]:
+    """The difference at each critic's recall, without false alarms, linear between cells."""
+    along = grid_of(compared, "independent", method, measure, "difference", BASE)[0]
+    return [float(np.interp(1 - recall, MISSED, along)) for recall, _ in CRITICS.values()]
+
+
+def report() -> None:
+    """Write the figures, and the tables into the page."""
+    compared = pd.read_csv(COMPARED)
+    for errors in compared["errors"].unique():
+        heat_maps(compared, errors).savefig(
+            IMAGES / f"critic_errors_{errors}.png", dpi=110, metadata={"Software": None}
+        )
+    before, found, rest = PAGE.read_text(encoding="utf-8").partition(START)
+    _, closed, after = rest.partition(END)
+    if not found or not closed:
+        raise InputError(f"{PAGE}: no '{START.strip()}' with a '{END}' after it")
+    PAGE.write_text(before + START + tables(pd.read_csv(ROWS), compared) + END + after, encoding="utf-8")
+
+
+def tables(rows: pd.DataFrame, compared: pd.DataFrame) -> str:
+    """The page's tables: the models that start, where alignment harms, slopes, and the paper's critics."""
+    started = (
+        rows[rows["method"].isin([BASE, LAMBDA_ZERO])]
+        .groupby("method", sort=False)[list(MEASURES)]
+        .agg(["mean", "std"])
+    )
+    lines = [
+        [METHODS[name].label, *(f"{of[m, 'mean']:.3f} ± {of[m, 'std']:.3f}" for m in MEASURES)]
+        for name, of in started.iterrows()
+    ]
+    parts = [markdown_table(["", *MEASURES.values()], lines)]
+    lines = []
+    for errors in compared["errors"].unique():
+        for method in CORRECTIONS:
+            for measure, good in (("reliance", -1), ("wga", 1)):
+                line = [ERRORS[errors], METHODS[method].label, MEASURES[measure]]
+                for against in (BASE, LAMBDA_ZERO):
+                    low, high = (grid_of(compared, errors, method, measure, end, against) for end in ("low", "high"))
+                    better, worse = (high < 0, low > 0) if good < 0 else (low > 0, high < 0)
+                    line += [str(int(better.sum())), str(int(worse.sum())), str(int((~better & ~worse).sum()))]
+                lines.append(line)
+    heads = [
+        f"{kind}, {'base' if against == BASE else 'λ = 0'}"
+        for against in (BASE, LAMBDA_ZERO)
+        for kind in ("better than", "worse than", "not told from")
+    ]
+    parts.append(markdown_table(["errors", "method", "measure", *heads], lines))
+    parts.append(
+        markdown_table(
+            [
+                "errors",
+                "method",
+                "measure",
+                "no error",
+                "for 0.1 more missed",
+                "for 0.1 more false alarms",
+                "one false alarm weighs as many misses",
+            ],
+            _slopes(rows),
+        )
+    )
+    values = {(m, x): _of_critics(compared, m, x) for m in CORRECTIONS for x in ("reliance", "wga")}
+    lines = []
+    for place, (name, (recall, usd)) in enumerate(CRITICS.items()):
+        cost = "not given" if usd is None else f"{usd * CALLS * TOKENS / 1e6:.2f}"
+        lines.append([name, f"{recall:.2f}", cost, *(f"{of[place]:+.3f}" for of in values.values())])
+    heads = [f"{METHODS[m].label}: Δ {MEASURES[x]}" for m, x in values]
+    parts.append(markdown_table(["critic", "recall in the paper (knee)", "USD for 256 samples, input", *heads], lines))
+    return "\n".join(parts)
+
+
+def _slopes(rows: pd.DataFrame) -> list[list[str]]:
+    """A plane through all models of a kind of errors by least squares, and its 95 % interval over bases and cells."""
+    lines = []
+    for errors in ERRORS:
+        for method in CORRECTIONS:
+            of = rows[(rows["errors"] == errors) & (rows["method"] == method)]
+            if of.empty:
+                continue
+            design = np.stack([np.ones(len(of)), of["false_negatives"], of["false_positives"]], axis=1)
+            for measure in ("reliance", "wga"):
+                values = of[measure].to_numpy()
+                found = np.linalg.lstsq(design, values, rcond=None)[0]
+                rng = np.random.default_rng(0)
+                drawn = []
+                for _ in range(1000):
+                    picked = rng.integers(len(of), size=len(of))
+                    drawn.append(np.linalg.lstsq(design[picked], values[picked], rcond=None)[0])
+                low, high = np.quantile(np.array(drawn), [0.025, 0.975], axis=0)
+                said = [f"{0.1 * found[n]:+.3f} ({0.1 * low[n]:+.3f} to {0.1 * high[n]:+.3f})" for n in (1, 2)]
+                weigh = f"{found[2] / found[1]:.1f}" if low[1] * high[1] > 0 else "not told"
+                lines.append(
+                    [ERRORS[errors], METHODS[method].label, MEASURES[measure], f"{found[0]:.3f}", *said, weigh]
+                )
+    return lines
+
+
+def main() -> None:
+    """Parse the command line, do the work."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--work", type=Path, help="folder of the trial")
+    parser.add_argument("--bases", type=int, default=3)
+    parser.add_argument("--report", action="store_true", help="only figures and tables, from the committed rows")
+    options = parser.parse_args()
+    if not options.report:
+        if options.work is None:
+            raise InputError("--work is missing: name a folder for the trial, or say --report")
+        measure(options.work.resolve(), options.bases)
+    report()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")
