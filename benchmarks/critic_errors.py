@@ -9,7 +9,7 @@ What is measured, and how, was declared before the first run: docs/critic_errors
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,36 +48,37 @@ CALLS, TOKENS = 256, 1700  # of an alignment set; in, a sample, Critic and Judge
 Cell = tuple[str, float, float]  # errors, false negatives, false positives
 
 
-def cells() -> Iterator[Cell]:
+def cells() -> list[Cell]:
     """All cells, the most wanted first; what all kinds of errors have in common, no error at all, is there once."""
-    for errors in ERRORS:
-        for missed in MISSED:
-            for alarms in FALSE_ALARMS:
-                if errors == "independent" or missed or alarms:
-                    yield errors, missed, alarms
+    found: list[Cell] = [("independent", missed, alarms) for missed in MISSED for alarms in FALSE_ALARMS]
+    for errors in list(ERRORS)[1:]:
+        found += [
+            (errors, missed, alarms) for missed in MISSED[::2] for alarms in FALSE_ALARMS[::2] if missed or alarms
+        ]
+    return found
 
 
 def measure(folder: Path, bases: int) -> None:
     """Train what is not there, and write the rows and comparisons of what is complete, after each kind of errors."""
     trials = [Trial(folder / f"base={base}", "decoy_digits", [f"train.seed={base}"]) for base in range(bases)]
-    every = list(cells())
     started, trained = time.monotonic(), 0
-    for place, (errors, missed, alarms) in enumerate(every):
+    for base, trial in enumerate(trials):
+        trial.train(LAMBDA_ZERO, base, {LAMBDA_ZERO: {}})
+    for errors in ERRORS:
+        chosen = [cell for cell in cells() if cell[0] == errors]
         for base, trial in enumerate(trials):
-            for method in CORRECTIONS:
-                name = _name(method, (errors, missed, alarms))
-                if (trial.here / "outputs" / f"{name}.safetensors").exists():
-                    continue
-                trial.corrected(name, method, base, _critic((errors, missed, alarms)))
-                trained += 1
-        if trained:
-            left = (time.monotonic() - started) / trained * len(trials) * len(CORRECTIONS) * (len(every) - place - 1)
-            sys.stdout.write(
-                f"{errors} {missed} {alarms}: {place + 1} of {len(every)}, about {left / 60:.0f} min left\n"
-            )
-            sys.stdout.flush()
-        if place + 1 == len(every) or every[place + 1][0] != errors:
-            write_rows(trials, every[: place + 1])
+            trial.train("lvlm_va", base, {_name("lvlm_va", cell): _critic(cell) for cell in chosen})
+        for cell in chosen:
+            for base, trial in enumerate(trials):
+                name = _name("lvlm_va_counterexamples", cell)
+                trained += not trial.file(name).exists()
+                trial.train("lvlm_va_counterexamples", base, {name: _critic(cell)})
+            if trained:
+                left = len(cells()) - cells().index(cell) - 1
+                minutes = (time.monotonic() - started) / trained * left * len(trials) / 60
+                sys.stdout.write(f"{cell}: {cells().index(cell) + 1} of {len(cells())}, about {minutes:.0f} min left\n")
+                sys.stdout.flush()
+        write_rows(trials, cells()[: cells().index(chosen[-1]) + 1])
 
 
 def _critic(cell: Cell) -> dict[str, str | float]:
@@ -93,14 +94,14 @@ def write_rows(trials: Sequence[Trial], done: Sequence[Cell]) -> None:
     rows, compared = [], []
     plain: dict[str, list[Outputs]] = {}
     for method in (BASE, LAMBDA_ZERO):
-        plain[method] = [trial.corrected(method, method, base, {}) for base, trial in enumerate(trials)]
+        plain[method] = [trial.kept(method) for trial in trials]
         for base, (trial, outputs) in enumerate(zip(trials, plain[method], strict=True)):
             rows.append({"errors": "", "method": method, "base": base, **values_of(trial, outputs)})
     for cell in done:
         told = {"errors": cell[0], "false_negatives": cell[1], "false_positives": cell[2]}
         quality = [trial.verdicts(_critic(cell))[2] for trial in trials]
         for method in CORRECTIONS:
-            found = [trial.corrected(_name(method, cell), method, base, {}) for base, trial in enumerate(trials)]
+            found = [trial.kept(_name(method, cell)) for trial in trials]
             for base, (trial, outputs) in enumerate(zip(trials, found, strict=True)):
                 said = {key: quality[base][key] for key in ("recall", "precision", "masked_area")}
                 rows.append({**told, "method": method, "base": base, **said, **values_of(trial, outputs)})

@@ -63,6 +63,10 @@ class Trial:
         self.training, self.validation = (
             read_split(self.path("images"), self.samples, split, self.device) for split in ("train", "val")
         )
+        tested = self.samples["id"][self.samples["split"].str.startswith("test")].tolist()
+        self.test = read_sample_rows(self.path("images"), self.samples, tested, self.device)
+        names = ("images", "samples", "segments", "attributions", "spurious_masks")
+        self.cases, _ = read_cases(*(self.path(name) for name in names), with_truth=True)
 
     def path(self, name: str) -> Path:
         """Where `run` has the stages put what dvc.yaml calls so."""
@@ -75,11 +79,9 @@ class Trial:
         Args:
             critic: settings of the oracle that differ from params.
         """
-        names = ("images", "samples", "segments", "attributions", "spurious_masks")
-        cases, _ = read_cases(*(self.path(name) for name in names), with_truth=True)
         config = OracleCritic.model_validate({**self.params.critique.all_critics()[0].model_dump(), **critic})
         given, failures, judged, truth = {}, {}, [], []
-        for case, row in zip(cases, criticise(config, cases), strict=True):
+        for case, row in zip(self.cases, criticise(config, self.cases), strict=True):
             if row.critique is None or case.spurious_mask is None or case.attribution is None:
                 failures[case.sample] = row.failure or "no true mask"
                 continue
@@ -93,35 +95,47 @@ class Trial:
 
     def outputs(self, seed: str) -> Outputs:
         """What `base`, as it is now, says of all test splits."""
-        rows = self.samples[self.samples["split"].str.startswith("test")]
-        test = read_sample_rows(self.path("images"), self.samples, rows["id"].tolist(), self.device)
-        logits = predict_logits(self.base.eval(), test.images).cpu().numpy().astype(np.float32)[:, None]
-        no_maps, no_rows = np.zeros((0, 1, 1, 1), np.float32), np.zeros((0, 1), np.float32)
-        return Outputs(
-            [seed], rows["id"].tolist(), logits, [], no_maps, {}, no_rows, [], np.zeros((0, 1, 3), np.float32)
-        )
+        logits = predict_logits(self.base.eval(), self.test.images).cpu().numpy().astype(np.float32)[:, None]
+        ids, no_maps, no_rows = self.test.table["id"].tolist(), np.zeros((0, 1, 1, 1), np.float32), np.zeros((0, 1, 3))
+        return Outputs([seed], ids, logits, [], no_maps, {}, no_rows[0], [], no_rows)
 
-    def corrected(self, name: str, method: str, seed: int, critic: Mapping[str, Any]) -> Outputs:
-        """Outputs of the model that a method makes of the base by the oracle's verdicts; kept under `name`."""
-        file = self.here / "outputs" / f"{name}.safetensors"
-        if not file.exists():
-            if method == BASE:
-                found = self.outputs("")
-            else:
-                ids, masks, _ = self.verdicts(critic)
-                settings = self.params.chosen_methods()[method]
-                assert isinstance(settings, AlignSettings)
-                read = read_masked(self.path("images"), self.samples, ids, masks, self.device)
-                splits = (self.training, *read, self.validation)
-                run_of = align_ensemble(self.base, *splits, settings.model_copy(update={"seeds": [seed]}))[0]
-                before = {key: tensor.clone() for key, tensor in self.base.state_dict().items()}
-                self.base.load_state_dict(run_of.weights)
-                found = self.outputs(str(seed))
-                self.base.load_state_dict(before)
-            part = file.with_suffix(".part")
-            write_outputs(part, found)
-            part.rename(file)
-        return read_outputs(file)
+    def file(self, name: str) -> Path:
+        """Where outputs are kept."""
+        return self.here / "outputs" / f"{name}.safetensors"
+
+    def train(self, method: str, seed: int, critics: Mapping[str, Mapping[str, Any]]) -> None:
+        """Correct the base by each set of the oracle's verdicts, where that is not there, and keep the outputs.
+
+        Args:
+            critics: name -> settings of the oracle that differ from params. All are trained in one call, of which a
+                ReLU MLP's penalty makes one stack.
+        """
+        absent = [name for name in critics if not self.file(name).exists()]
+        if not absent:
+            return
+        made = [self.verdicts(critics[name])[:2] for name in absent]
+        settings = self.params.chosen_methods()[method]
+        assert isinstance(settings, AlignSettings)
+        masks = np.stack([each for _, each in made])
+        read = read_masked(self.path("images"), self.samples, made[0][0], masks, self.device)
+        runs = [(settings.rrr_lambda, seed)] * len(absent)
+        found = align_ensemble(self.base, self.training, *read, self.validation, settings, runs=runs)
+        before = {key: tensor.clone() for key, tensor in self.base.state_dict().items()}
+        for name, one in zip(absent, found, strict=True):
+            self.base.load_state_dict(one.weights)
+            self._keep(name, self.outputs(str(seed)))
+        self.base.load_state_dict(before)
+
+    def kept(self, name: str) -> Outputs:
+        """Outputs that `train` left; of the base itself under its own name."""
+        if name == BASE and not self.file(name).exists():
+            self._keep(name, self.outputs(""))
+        return read_outputs(self.file(name))
+
+    def _keep(self, name: str, found: Outputs) -> None:
+        part = self.file(name).with_suffix(".part")
+        write_outputs(part, found)
+        part.rename(self.file(name))
 
 
 def values_of(trial: Trial, outputs: Outputs) -> dict[str, float]:

@@ -69,7 +69,7 @@ def test_numbers_are_read_as_dvc_reads_them(tmp_path: Path) -> None:
         (("compute.device", "gpu"), r"'compute\.device' = 'gpu'"),
         (("prepare.dataset", "cats"), r"'prepare\.dataset' = 'cats': expected one of decoy_digits, decoy_mnist, "),
         (("prepare.dataset", ...), r"key 'prepare\.dataset' is missing"),
-        (("prepare.knee", {}), r"unknown key 'prepare\.knee'; known keys: dataset, root, seed"),
+        (("prepare.knee", {}), r"unknown key 'prepare\.knee'; known keys: dataset, root, seed, shortcut"),
         (("prepare", {"dataset": "knee", "seed": 0, "image_size": 64}), r"key 'prepare\.knee' is missing"),
         (
             ("prepare", {"dataset": "knee", "seed": 0, "image_size": 9, "knee": {}}),
