@@ -97,7 +97,7 @@ class Trial:
         """What `base`, as it is now, says of all test splits."""
         logits = predict_logits(self.base.eval(), self.test.images).cpu().numpy().astype(np.float32)[:, None]
         ids, no_maps, no_rows = self.test.table["id"].tolist(), np.zeros((0, 1, 1, 1), np.float32), np.zeros((0, 1, 3))
-        return Outputs([seed], ids, logits, [], no_maps, {}, no_rows[0], [], no_rows)
+        return Outputs([seed], ids, logits, [], no_maps, {}, no_rows[:, 0], [], no_rows)
 
     def file(self, name: str) -> Path:
         """Where outputs are kept."""

@@ -113,15 +113,15 @@ def best_lambda(scores: Mapping[float, Sequence[float]]) -> float:
 
 
 def at_edge(chosen: Mapping[str, Any], grid: Mapping[str, Sequence[Any]]) -> dict[str, str]:
-    """Settings whose chosen value is the "lowest" or "highest" that was tried: what lies beyond was not looked at.
+    """Settings whose chosen value is the "lowest" or "highest" of three or more: what lies beyond was not looked at.
 
     Examples:
-        >>> at_edge({"c": 0.1, "up": 5}, {"c": [0.1, 0.3, 1.0], "up": [5]})
+        >>> at_edge({"c": 0.1, "up": 5}, {"c": [0.1, 0.3, 1.0], "up": [5, 20]})
         {'c': 'lowest'}
     """
     found = {}
     for key, values in grid.items():
-        if len(set(values)) > 1 and chosen[key] in (min(values), max(values)):
+        if len(set(values)) > 2 and chosen[key] in (min(values), max(values)):
             found[key] = "lowest" if chosen[key] == min(values) else "highest"
     return found
 

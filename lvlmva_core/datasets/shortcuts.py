@@ -82,7 +82,8 @@ def _texture(below: np.ndarray, strength: float) -> np.ndarray:
     period = scale * (PERIODS[1] + strength * (PERIODS[0] - PERIODS[1]))
     rows, columns = np.indices(below.shape[1:])
     wave: np.ndarray = GRATING / 2 * (1 + np.sin(2 * np.pi * (rows + columns) / period))
-    return below + wave * (255 - below) / 255
+    woven: np.ndarray = below + wave * (255 - below) / 255
+    return woven
 
 
 def _blur(below: np.ndarray, strength: float) -> np.ndarray:

@@ -208,7 +208,6 @@ def test_dfrs_c_is_chosen_on_the_half_of_the_validation_split_that_it_was_not_fi
     assert {name: of["score"]["mean"] for name, of in selection["candidates"].items()} == scores
     best = max((1.0, 0.02), key=lambda c: scores[f"c={c}"].expected)
     assert found.facts["c"] == selection["chosen"]["c"] == best
-    assert selection["at_edge"] == {"c": "highest" if best == 1.0 else "lowest"}
 
 
 def test_group_dros_weights_are_those_of_the_closed_form_and_of_a_plain_loop() -> None:
