@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from lvlmva_core.diffuse import diffuse_share, diffuse_warning
 from lvlmva_core.methods import METHODS
 from lvlmva_core.outputs import SUBJECT
 from lvlmva_core.report import diagnostics, figures, tables
@@ -94,7 +95,15 @@ def page_of(found: Findings, pictures: Mapping[str, Path], params: str) -> str:
         title=f"LVLM-VA on {found.about['dataset']}",
         summary=f"Spurious feature: {found.about['spurious_feature']}. {who[0].upper()}{who[1:]}. "
         f"{tables.corrected_by(found.masked)}",
-        warning=tables.warning_of(found.content["verdicts"]),
+        warning=" ".join(
+            filter(
+                None,
+                [
+                    tables.warning_of(found.content["verdicts"]),
+                    diffuse_warning(diffuse_share(found.panel[0]["before"][1])),
+                ],
+            )
+        ),
         tables=tables.page_tables(found.content, found.about["class_names"]),
         figures=pictures,
         params=params,
