@@ -32,7 +32,7 @@ ERRORS = {
     "small_regions": "errors on the smallest regions",
 }
 MEASURES = {"reliance": "reliance", "wga": "WGA", "accuracy": "accuracy"}
-ROWS, COMPARED = Path("docs/results/critic_errors.csv"), Path("docs/results/critic_errors_compared.csv")
+ROWS, COMPARED = Path("docs/results/critic_errors.csv"), Path("docs/results/critic_errors_differences.csv")
 PAGE, IMAGES = Path("docs/critic_errors.md"), Path("docs/images")
 START = "<!-- python -m benchmarks.critic_errors --report -->\n"
 # LVLM-VA's critics on knee (its recall) and USD per million input tokens, as the paper gives them

@@ -35,7 +35,7 @@ SHORTCUTS: tuple[tuple[str, int], ...] = (
 SET_ON = ("decoy", "brightness")  # kinds that the threshold is set on; its errors are counted on the others
 LOCAL, GLOBAL = 0.125, 0.5  # of the picture: a support up to the one has a place, from the other on it has none
 MEASURES = {"reliance": "reliance", "wga": "WGA", "accuracy": "accuracy"}
-ROWS, COMPARED = Path("docs/results/supports.csv"), Path("docs/results/supports_compared.csv")
+ROWS, COMPARED = Path("docs/results/supports.csv"), Path("docs/results/supports_differences.csv")
 PAGE, FIGURE = Path("docs/supports.md"), Path("docs/images/supports.png")
 START = "<!-- python -m benchmarks.supports --report -->\n"
 
