@@ -2,7 +2,7 @@
 
 DVC runs one stage at a time, but lets several of its commands work on one project: each stage is run here by DVC's own
 `repro --single-item`, in a process of its own, as soon as the stages that it depends on are there. What is written, and
-what counts as changed, is DVC's.
+what counts as changed, is DVC's. Stages find the libraries in memory (`lvlmva.warm`).
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from typing import Annotated
 
 import typer
 
+from lvlmva.warm import warm
 from lvlmva_core.errors import InputError
 
 
@@ -29,7 +30,11 @@ def repro(
     Worth its while where one stage leaves cores idle: the methods of the default are aligned and evaluated on one
     thread each. On one GPU, or where memory is short, take `--jobs 1` or `dvc repro`.
     """
-    waiting = changed_stages()
+    with warm():
+        _run_all(changed_stages(), jobs)
+
+
+def _run_all(waiting: dict[str, set[str]], jobs: int) -> None:
     if not waiting:
         typer.echo("Data and pipelines are up to date.")
         return

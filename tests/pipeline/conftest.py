@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from lvlmva.warm import warm
 from tests.pipeline.calls import COUNT, KEY, Server, project, running_server
 
 
@@ -12,6 +13,13 @@ from tests.pipeline.calls import COUNT, KEY, Server, project, running_server
 def process() -> Iterator[Server]:
     with running_server() as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def warm_stages() -> Iterator[None]:
+    """Stages find the libraries in memory, as with `lvlmva repro`: for tests of what comes out, not of how."""
+    with warm():
+        yield
 
 
 @pytest.fixture

@@ -30,6 +30,9 @@ QUICK: dict[str, Any] = {
 }
 
 
+pytestmark = pytest.mark.usefixtures("warm_stages")
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     made = Project(tmp_path_factory.mktemp("folder"), QUICK)

@@ -38,6 +38,9 @@ QUICK = {
 }
 
 
+pytestmark = pytest.mark.usefixtures("warm_stages")
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     made = Project(tmp_path_factory.mktemp("new"), {})
