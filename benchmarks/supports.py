@@ -32,6 +32,7 @@ SHORTCUTS: tuple[tuple[str, int], ...] = (
     ("blur", 28),
     ("vignette", 28),
 )
+FIRST = (4, 8, 16, 28)  # sides that are run before the others
 SET_ON = ("decoy", "brightness")  # kinds that the threshold is set on; its errors are counted on the others
 LOCAL, GLOBAL = 0.125, 0.5  # of the picture: a support up to the one has a place, from the other on it has none
 MEASURES = {"reliance": "reliance", "wga": "WGA", "accuracy": "accuracy"}
@@ -45,7 +46,7 @@ def measure(folder: Path, bases: int) -> None:
     rows: list[dict[str, object]] = []
     compared: list[dict[str, object]] = []
     started = time.monotonic()
-    for place, (kind, side) in enumerate(SHORTCUTS):
+    for place, (kind, side) in enumerate(sorted(SHORTCUTS, key=lambda each: each[1] not in FIRST)):
         changes = ["critique.overlap=majority_of_attribution"]
         if kind != "decoy":
             changes.append(f"prepare.shortcut={{kind: {kind}, side: {side / 28!r}}}")
