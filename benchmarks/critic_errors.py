@@ -58,9 +58,12 @@ def cells() -> list[Cell]:
     return found
 
 
-def measure(folder: Path, bases: int) -> None:
+def measure(folder: Path, bases: int, train: bool) -> None:
     """Train what is not there, and write the rows and comparisons of what is complete, after each kind of errors."""
     trials = [Trial(folder / f"base={base}", "decoy_digits", [f"train.seed={base}"]) for base in range(bases)]
+    if not train:
+        write_rows(trials)
+        return
     started, trained = time.monotonic(), 0
     for base, trial in enumerate(trials):
         trial.train(LAMBDA_ZERO, base, {LAMBDA_ZERO: {}})
@@ -78,7 +81,7 @@ def measure(folder: Path, bases: int) -> None:
                 minutes = (time.monotonic() - started) / trained * left * len(trials) / 60
                 sys.stdout.write(f"{cell}: {cells().index(cell) + 1} of {len(cells())}, about {minutes:.0f} min left\n")
                 sys.stdout.flush()
-        write_rows(trials, cells()[: cells().index(chosen[-1]) + 1])
+        write_rows(trials)
 
 
 def _critic(cell: Cell) -> dict[str, str | float]:
@@ -89,8 +92,12 @@ def _name(method: str, cell: Cell) -> str:
     return f"{method}-{cell[0]}-{cell[1]}-{cell[2]}"
 
 
-def write_rows(trials: Sequence[Trial], done: Sequence[Cell]) -> None:
-    """A row a model, and a row for each difference to the base and to λ = 0."""
+def write_rows(trials: Sequence[Trial]) -> None:
+    """Of every complete cell a row a model, and a row for each difference to the base and to λ = 0."""
+    wanted = {cell: [_name(method, cell) for method in CORRECTIONS] for cell in cells()}
+    done = [
+        cell for cell, names in wanted.items() if all(trial.file(name).exists() for trial in trials for name in names)
+    ]
     rows, compared = [], []
     plain: dict[str, list[Outputs]] = {}
     for method in (BASE, LAMBDA_ZERO):
@@ -127,7 +134,7 @@ def grid_of(compared: pd.DataFrame, errors: str, method: str, measure: str, colu
 
 def heat_maps(compared: pd.DataFrame, errors: str) -> Figure:
     """Of each correction the change of reliance and of WGA against the base, with the lines where it is none."""
-    figure = Figure(figsize=(9.4, 8.2), layout="constrained")
+    figure = Figure(figsize=(9.4, 9.2), layout="constrained")
     grid = figure.subplots(2, 2)
     for row, method in enumerate(CORRECTIONS):
         for axes, (measure, good) in zip(grid[row], (("reliance", -1), ("wga", 1)), strict=True):
@@ -137,35 +144,37 @@ def heat_maps(compared: pd.DataFrame, errors: str) -> Figure:
 
 
 def _heat_map(axes: Axes, compared: pd.DataFrame, errors: str, method: str, measure: str, good: int) -> None:
-    values = grid_of(compared, errors, method, measure, "difference", BASE)
-    sure = grid_of(compared, errors, method, measure, "high" if good < 0 else "low", BASE) * good > 0
+    """One map; of errors with a system only every other rate is there. "?" where the interval holds 0."""
+    every = grid_of(compared, errors, method, measure, "difference", BASE)
+    there = np.ix_(np.isfinite(every).any(axis=1), np.isfinite(every).any(axis=0))
+    missed, alarms = np.array(MISSED)[there[1][0]], np.array(FALSE_ALARMS)[there[0][:, 0]]
+    values = every[there]
+    sure = grid_of(compared, errors, method, measure, "high" if good < 0 else "low", BASE)[there] * good > 0
+    sure |= grid_of(compared, errors, method, measure, "low" if good < 0 else "high", BASE)[there] * good < 0
     largest = float(np.nanmax(np.abs(values)))
-    shown = axes.pcolormesh(
-        MISSED,
-        FALSE_ALARMS,
-        values,
-        cmap="RdBu_r" if good < 0 else "RdBu",
-        vmin=-largest,
-        vmax=largest,
-        shading="nearest",
-    )
+    colours = {"cmap": "RdBu_r" if good < 0 else "RdBu", "vmin": -largest, "vmax": largest, "shading": "nearest"}
+    shown = axes.pcolormesh(missed, alarms, values, **colours)
     axes.figure.colorbar(shown, ax=axes, shrink=0.8)
-    for row, alarms in enumerate(FALSE_ALARMS):
-        for column, missed in enumerate(MISSED):
-            if not np.isnan(values[row, column]):
-                text = f"{values[row, column]:+.2f}{'' if sure[row, column] else ' ?'}"
-                axes.text(missed, alarms, text, ha="center", va="center", fontsize=7)
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            text = f"{value:+.2f}{'' if sure[row, column] else ' ?'}"
+            ink = "white" if abs(value) > 0.65 * largest else "black"
+            axes.text(missed[column], alarms[row], text, ha="center", va="center", fontsize=7, color=ink)
     for against, style in ((BASE, "solid"), (LAMBDA_ZERO, "dashed")):
-        level = grid_of(compared, errors, method, measure, "difference", against)
+        level = grid_of(compared, errors, method, measure, "difference", against)[there]
         if np.nanmin(level) < 0 < np.nanmax(level):
-            axes.contour(MISSED, FALSE_ALARMS, level, levels=[0.0], colors="black", linestyles=style, linewidths=1.5)
-    low = FALSE_ALARMS[0] - 0.05
+            axes.contour(missed, alarms, level, levels=[0.0], colors="black", linestyles=style, linewidths=1.5)
+    top = axes.get_ylim()[1]
+    names: dict[float, list[str]] = {}
     for name, (recall, _) in CRITICS.items():
-        axes.plot(1 - recall, low, marker="^", color="black", clip_on=False, markersize=6)
-        axes.annotate(name, (1 - recall, low), xytext=(2, 4), textcoords="offset points", fontsize=6, rotation=35)
+        near = next((place for place in names if abs(place - (1 - recall)) < 0.02), 1 - recall)
+        names.setdefault(near, []).append(name)
+    for place, of in names.items():
+        axes.plot(place, top, marker="v", color="black", clip_on=False, markersize=6)
+        axes.annotate(", ".join(of), (place, top), (1, 6), textcoords="offset points", fontsize=6, rotation=25)
     axes.set_xlabel("false negatives: spurious regions accepted", fontsize=8)
     axes.set_ylabel("false positives: relevant regions rejected", fontsize=8)
-    axes.set_title(f"{METHODS[method].label}: Δ {MEASURES[measure]} to the base", fontsize=9)
+    axes.set_title(f"{METHODS[method].label}: Δ {MEASURES[measure]} to the base", fontsize=9, pad=40)
 
 
 def _of_critics(compared: pd.DataFrame, method: str, measure: str) -> list[float]:
@@ -208,7 +217,7 @@ def tables(rows: pd.DataFrame, compared: pd.DataFrame) -> str:
                 for against in (BASE, LAMBDA_ZERO):
                     low, high = (grid_of(compared, errors, method, measure, end, against) for end in ("low", "high"))
                     better, worse = (high < 0, low > 0) if good < 0 else (low > 0, high < 0)
-                    line += [str(int(better.sum())), str(int(worse.sum())), str(int((~better & ~worse).sum()))]
+                    line += [str(int(each.sum())) for each in (better, worse, np.isfinite(low) & ~better & ~worse)]
                 lines.append(line)
     heads = [
         f"{kind}, {'base' if against == BASE else 'λ = 0'}"
@@ -241,7 +250,7 @@ def tables(rows: pd.DataFrame, compared: pd.DataFrame) -> str:
 
 
 def _slopes(rows: pd.DataFrame) -> list[list[str]]:
-    """A plane through all models of a kind of errors by least squares, and its 95 % interval over bases and cells."""
+    """A plane through all models of a kind of errors by least squares, with 95 % intervals by drawing models."""
     lines = []
     for errors in ERRORS:
         for method in CORRECTIONS:
@@ -257,9 +266,12 @@ def _slopes(rows: pd.DataFrame) -> list[list[str]]:
                 for _ in range(1000):
                     picked = rng.integers(len(of), size=len(of))
                     drawn.append(np.linalg.lstsq(design[picked], values[picked], rcond=None)[0])
-                low, high = np.quantile(np.array(drawn), [0.025, 0.975], axis=0)
+                planes = np.array(drawn)
+                low, high = np.quantile(planes, [0.025, 0.975], axis=0)
+                ends = np.quantile(planes[:, 2] / planes[:, 1], [0.025, 0.975])
                 said = [f"{0.1 * found[n]:+.3f} ({0.1 * low[n]:+.3f} to {0.1 * high[n]:+.3f})" for n in (1, 2)]
-                weigh = f"{found[2] / found[1]:.1f}" if low[1] * high[1] > 0 else "not told"
+                weigh = f"{found[2] / found[1]:.1f} ({ends[0]:.1f} to {ends[1]:.1f})"
+                weigh = weigh if low[1] * high[1] > 0 else "not told: misses may cost nothing"
                 lines.append(
                     [ERRORS[errors], METHODS[method].label, MEASURES[measure], f"{found[0]:.3f}", *said, weigh]
                 )
@@ -271,12 +283,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", type=Path, help="folder of the trial")
     parser.add_argument("--bases", type=int, default=3)
+    parser.add_argument("--tables", action="store_true", help="train nothing, write the rows of what is there")
     parser.add_argument("--report", action="store_true", help="only figures and tables, from the committed rows")
     options = parser.parse_args()
     if not options.report:
         if options.work is None:
             raise InputError("--work is missing: name a folder for the trial, or say --report")
-        measure(options.work.resolve(), options.bases)
+        measure(options.work.resolve(), options.bases, not options.tables)
     report()
 
 
