@@ -9,6 +9,7 @@ What is measured, and how, was declared before the first run: docs/supports.md.
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,6 @@ SHORTCUTS: tuple[tuple[str, int], ...] = (
     ("blur", 28),
     ("vignette", 28),
 )
-FIRST = (4, 8, 16, 28)  # sides that are run before the others
 SET_ON = ("decoy", "brightness")  # kinds that the threshold is set on; its errors are counted on the others
 LOCAL, GLOBAL = 0.125, 0.5  # of the picture: a support up to the one has a place, from the other on it has none
 MEASURES = {"reliance": "reliance", "wga": "WGA", "accuracy": "accuracy"}
@@ -41,49 +41,62 @@ PAGE, FIGURE = Path("docs/supports.md"), Path("docs/images/supports.png")
 START = "<!-- python -m benchmarks.supports --report -->\n"
 
 
-def measure(folder: Path, bases: int) -> None:
-    """Train what is not there, write rows and comparisons after each shortcut."""
+def trials_of(folder: Path, kind: str, side: int, bases: int) -> list[Trial]:
+    """A trial for each base of a shortcut."""
+    changes = ["critique.overlap=majority_of_attribution"]
+    if kind != "decoy":
+        changes.append(f"prepare.shortcut={{kind: {kind}, side: {side / 28!r}}}")
+    where = folder / f"{kind}-{side}"
+    return [Trial(where / f"base={base}", "decoy_digits", [*changes, f"train.seed={base}"]) for base in range(bases)]
+
+
+def train(folder: Path, shortcuts: Sequence[tuple[str, int]], bases: int) -> None:
+    """Train what is not there; a shortcut that is complete leaves a mark."""
+    started = time.monotonic()
+    for place, (kind, side) in enumerate(shortcuts):
+        mark = folder / f"{kind}-{side}" / "complete"
+        if not mark.exists():
+            for base, trial in enumerate(trials_of(folder, kind, side, bases)):
+                for method in (LAMBDA_ZERO, *CORRECTIONS):
+                    try:
+                        trial.train(method, base, {method: {}})
+                    except InputError as error:  # nothing can be swapped or erased: no correction is possible
+                        sys.stdout.write(f"{kind} {side}, {method}: {error}\n")
+            mark.touch()
+        left = (time.monotonic() - started) / (place + 1) * (len(shortcuts) - place - 1) / 60
+        sys.stdout.write(f"{kind} {side}: {place + 1} of {len(shortcuts)}, about {left:.0f} min left\n")
+        sys.stdout.flush()
+
+
+def write_rows(folder: Path, bases: int) -> None:
+    """Of every complete shortcut a row a model, and a row for each difference to the base and to λ = 0.
+
+    A correction that one of the bases does not allow is left out.
+    """
     rows: list[dict[str, object]] = []
     compared: list[dict[str, object]] = []
-    started = time.monotonic()
-    for place, (kind, side) in enumerate(sorted(SHORTCUTS, key=lambda each: each[1] not in FIRST)):
-        changes = ["critique.overlap=majority_of_attribution"]
-        if kind != "decoy":
-            changes.append(f"prepare.shortcut={{kind: {kind}, side: {side / 28!r}}}")
-        trials = []
-        for base in range(bases):
-            here = folder / f"{kind}-{side}" / f"base={base}"
-            trials.append(Trial(here, "decoy_digits", [*changes, f"train.seed={base}"]))
+    for kind, side in SHORTCUTS:
+        if not (folder / f"{kind}-{side}" / "complete").exists():
+            continue
+        trials = trials_of(folder, kind, side, bases)
         told: dict[str, object] = {"kind": kind, "side": side, "support": (side / 28) ** 2}
-        done = [BASE, LAMBDA_ZERO]
-        for method in (LAMBDA_ZERO, *CORRECTIONS):
-            try:
-                for base, trial in enumerate(trials):
-                    trial.train(method, base, {method: {}})
-            except InputError as error:  # nothing was rejected, or nothing can be swapped: no correction is possible
-                sys.stdout.write(f"{kind} {side}, {method}: {error}\n")
-                continue
-            done += [method] if method in CORRECTIONS else []
-        outputs = {method: [trial.kept(method) for trial in trials] for method in done}
+        made = [method for method in CORRECTIONS if all(trial.file(method).exists() for trial in trials)]
+        outputs = {m: [trial.kept(m) for trial in trials] for m in (BASE, LAMBDA_ZERO, *made)}
         for base, trial in enumerate(trials):
             maps = read_array(trial.path("attributions"), "attributions")
             quality = trial.verdicts({})[2]
             said = {key: quality[key] for key in ("recall", "precision", "masked_area")}
-            for method in done:
+            for method, of_bases in outputs.items():
                 diffuse = {"diffuse_share": diffuse_share(maps)} if method == BASE else said
-                values = values_of(trial, outputs[method][base])
-                rows.append({**told, "method": method, "base": base, **diffuse, **values})
-        for method in done[2:]:
+                rows.append({**told, "method": method, "base": base, **diffuse, **values_of(trial, of_bases[base])})
+        for method in made:
             for against in (BASE, LAMBDA_ZERO):
                 for name, (value, low, high) in differences(trials[0], outputs[method], outputs[against]).items():
                     of = {"method": method, "against": against, "measure": name}
                     compared.append({**told, **of, "difference": value, "low": low, "high": high})
-        ROWS.parent.mkdir(exist_ok=True)
-        pd.DataFrame(rows).to_csv(ROWS, index=False, float_format="%.6f")
-        pd.DataFrame(compared).to_csv(COMPARED, index=False, float_format="%.6f")
-        left = (time.monotonic() - started) / (place + 1) * (len(SHORTCUTS) - place - 1) / 60
-        sys.stdout.write(f"{kind} {side}: {place + 1} of {len(SHORTCUTS)}, about {left:.0f} min left\n")
-        sys.stdout.flush()
+    ROWS.parent.mkdir(exist_ok=True)
+    pd.DataFrame(rows).to_csv(ROWS, index=False, float_format="%.6f")
+    pd.DataFrame(compared).to_csv(COMPARED, index=False, float_format="%.6f")
 
 
 def threshold_of(rows: pd.DataFrame) -> float:
@@ -204,12 +217,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", type=Path, help="folder of the trial")
     parser.add_argument("--bases", type=int, default=3)
+    parser.add_argument("--only", nargs="+", default=[], help="shortcuts to train, such as blur-28; no tables then")
+    parser.add_argument("--tables", action="store_true", help="train nothing, write the rows of what is complete")
     parser.add_argument("--report", action="store_true", help="only figure and tables, from the committed rows")
     options = parser.parse_args()
+    if options.work is None and not options.report:
+        raise InputError("--work is missing: name a folder for the trial, or say --report")
     if not options.report:
-        if options.work is None:
-            raise InputError("--work is missing: name a folder for the trial, or say --report")
-        measure(options.work.resolve(), options.bases)
+        folder = options.work.resolve()
+        if not options.tables:
+            chosen = [each for each in SHORTCUTS if not options.only or f"{each[0]}-{each[1]}" in options.only]
+            train(folder, chosen, options.bases)
+        if options.only:
+            return
+        write_rows(folder, options.bases)
     report()
 
 
