@@ -482,8 +482,10 @@ def describe(estimate: Estimate, endpoint: Endpoint, section: str) -> str:
     )
 
 
-def confirm_host(endpoint: Endpoint) -> None:
+def confirm_host(endpoint: Endpoint, *, ask: bool = True) -> None:
     """Have a host (with the API key's variable) confirmed once on this machine; loopback needs none.
+
+    ask: at the terminal, if there is one.
 
     Raises:
         InputError: it was never confirmed, and nobody can be asked.
@@ -493,7 +495,11 @@ def confirm_host(endpoint: Endpoint) -> None:
     entry = f"{host_of(endpoint)} {endpoint.api_key_variable}"
     if host_of(endpoint) in os.environ.get("LVLMVA_ALLOW_HOSTS", "").split() or entry in allowed_hosts():
         return
-    if sys.stdin.isatty() and typer.confirm(f"Send pictures and {endpoint.api_key_variable} to {host_of(endpoint)}?"):
+    if (
+        ask
+        and sys.stdin.isatty()
+        and typer.confirm(f"Send pictures and {endpoint.api_key_variable} to {host_of(endpoint)}?")
+    ):
         allow_host(entry)
         return
     raise InputError(

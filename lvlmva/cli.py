@@ -19,6 +19,7 @@ from lvlmva.preset import preset
 from lvlmva.repro import repro
 from lvlmva.results import results
 from lvlmva.review import review
+from lvlmva.study import study
 from lvlmva.sweep import sweep
 from lvlmva.tables import tables
 from lvlmva_core.errors import InputError
@@ -46,6 +47,7 @@ app.command()(calibrate)
 app.command()(results)
 app.command("explain")(explain_sample)
 app.command()(review)
+app.command()(study)
 app.command()(sweep)
 app.command()(tables)
 app.command()(deps)

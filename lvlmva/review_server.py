@@ -1,39 +1,24 @@
-"""The review page's server: who may ask, what may be asked, and each verdict onto the disk before it is answered."""
+"""The review page's server: what may be asked, and each verdict onto the disk before it is answered."""
 
-import hmac
-import json
-import secrets
 from collections.abc import Mapping
 from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lvlmva.review_content import Content
-from lvlmva_core.errors import InputError
+from lvlmva.serving import HANDLERS, page_routes, read_body
+from lvlmva.specification_server import SpecificationPage
 from lvlmva_core.overrides import Event, Verdict, add_verdict, read_events, reviewer_file, standing, take_back
 
 PAGE = Path(__file__).parent / "review_page"
-KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-LARGEST_BODY = 1 << 16  # bytes
-HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "Cache-Control": "no-store",  # pictures may be patients'
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-}
 
 
 class Said(BaseModel):
@@ -57,69 +42,6 @@ class TakenBack(BaseModel):
     order: Annotated[int, Field(ge=1)]
 
 
-class Guard:
-    """Lets through who holds the cookie that the one-time token was exchanged for, and who asks for this very host.
-
-    The host is compared so that a name which was bound anew to 127.0.0.1 reaches nothing; writes must come from the
-    page itself, as the browser says.
-    """
-
-    def __init__(self, app: ASGIApp, hosts: frozenset[str], token: str, cookie: str) -> None:
-        self._app, self._hosts, self._cookie = app, hosts, cookie
-        self._token: str | None = token
-        self._session = secrets.token_urlsafe(32)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return
-
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(HEADERS)
-            await send(message)
-
-        refusal = self._answer(Request(scope))
-        await (refusal or self._app)(scope, receive, send_with_headers)
-
-    def _answer(self, request: Request) -> Response | None:
-        """What is answered here; None where the request may go on."""
-        headers = request.headers
-        hosts = headers.getlist("host")
-        if len(hosts) != 1 or hosts[0] not in self._hosts:
-            return PlainTextResponse("refused: this server is not called that", HTTPStatus.MISDIRECTED_REQUEST)
-        given = request.query_params.get("token")
-        known = _same(request.cookies.get(self._cookie), self._session)
-        if request.method == "GET" and request.url.path == "/" and given is not None:
-            if not known and not _same(given, self._token):
-                return PlainTextResponse(
-                    "refused: this address was used already, or is of another run; start `lvlmva review` anew",
-                    HTTPStatus.FORBIDDEN,
-                )
-            answer = RedirectResponse("/", HTTPStatus.SEE_OTHER)
-            if not known:
-                self._token = None
-                answer.set_cookie(self._cookie, self._session, httponly=True, samesite="strict", path="/")
-            return answer
-        if not known:
-            return PlainTextResponse(
-                "refused: open the address that `lvlmva review` printed, with its token", HTTPStatus.FORBIDDEN
-            )
-        if request.method not in ("GET", "HEAD") and not _from_the_page(headers, hosts[0]):
-            return PlainTextResponse("refused: only the page itself may write", HTTPStatus.FORBIDDEN)
-        return None
-
-
-def _same(given: str | None, wanted: str | None) -> bool:
-    return given is not None and wanted is not None and hmac.compare_digest(given.encode(), wanted.encode())
-
-
-def _from_the_page(headers: Headers, host: str) -> bool:
-    site, origin = headers.get("sec-fetch-site"), headers.get("origin")
-    if site is not None:
-        return site == "same-origin"
-    return origin == f"http://{host}"
-
-
 class Review:
     """The routes of the page.
 
@@ -134,8 +56,8 @@ class Review:
         """The application, to stand behind a Guard."""
         return Starlette(
             routes=[
-                Route("/", _file("index.html")),
-                *(Route(f"/{file.name}", _file(file.name)) for file in sorted(PAGE.iterdir()) if file.suffix in KINDS),
+                *page_routes(PAGE),
+                *SpecificationPage(self._content.known).routes(),
                 Route("/api/page", self._page),
                 Route("/api/found", self._found),
                 Route("/api/samples/{place:int}/critique", self._critique),
@@ -145,7 +67,7 @@ class Review:
                 Route("/api/verdicts", self._say, methods=["POST"]),
                 Route("/api/undo", self._undo, methods=["POST"]),
             ],
-            exception_handlers={InputError: _mistake, HTTPException: _refused},
+            exception_handlers=HANDLERS,
         )
 
     def _page(self, _: Request) -> Response:
@@ -172,11 +94,11 @@ class Review:
         return JSONResponse(self._said_so_far(request.query_params.get("reviewer", "")))
 
     async def _say(self, request: Request) -> Response:
-        said = await _body(request, Said)
+        said = await read_body(request, Said)
         return await run_in_threadpool(self._write, said)
 
     async def _undo(self, request: Request) -> Response:
-        undone = await _body(request, TakenBack)
+        undone = await read_body(request, TakenBack)
         event = await run_in_threadpool(take_back, self._overrides, undone.order, undone.reviewer)
         place = self._content.places.get((event.sample, event.segmentation))
         left = await run_in_threadpool(self._said_so_far, undone.reviewer)
@@ -213,39 +135,3 @@ class Review:
 def _shown(event: Event, place: int) -> Mapping[str, Any]:
     said = {"verdict": event.verdict, "note": event.note, "order": event.order}
     return {"place": place, "region": event.region, **said}
-
-
-def _file(name: str) -> Any:
-    path = PAGE / name
-
-    def send(_: Request) -> Response:
-        return Response(path.read_bytes(), media_type=KINDS[path.suffix])
-
-    return send
-
-
-async def _body(request: Request, kind: type[Any]) -> Any:
-    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-        raise HTTPException(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "expected application/json")
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > LARGEST_BODY:
-            raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"more than {LARGEST_BODY} bytes")
-    try:
-        return kind.model_validate(json.loads(body))
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the body"
-        raise HTTPException(HTTPStatus.BAD_REQUEST, f"{where}: {first['msg'].lower()}") from None
-    except (ValueError, RecursionError):
-        raise HTTPException(HTTPStatus.BAD_REQUEST, "not JSON") from None
-
-
-def _mistake(_: Request, error: Exception) -> Response:
-    return JSONResponse({"error": " ".join(str(error).split())}, HTTPStatus.CONFLICT)
-
-
-def _refused(_: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    return JSONResponse({"error": error.detail}, error.status_code)

@@ -1,8 +1,5 @@
 """An expert's verdicts in place of the Judge's: a CSV file a reviewer, undone and resolved (an extension)."""
 
-import csv
-import io
-import os
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,7 +9,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from lvlmva_core.errors import InputError
-from lvlmva_core.store import sync_folder
+from lvlmva_core.spreadsheet import read_spreadsheet, write_csv
 
 Verdict = Literal["yes", "no", "unsure"]
 Said = Literal["yes", "no", "unsure", "undo"]
@@ -169,10 +166,7 @@ def read_events(path: Path) -> Reviews:
     Raises:
         InputError: the file is missing, the header differs, or a row is malformed or doubled; the line is named.
     """
-    text, notes = _decoded(path)
-    delimiter = ";" if ";" in text.partition("\n")[0] else ","
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows = _rows(path, reader)
+    rows, notes = read_spreadsheet(path)
     _, header = next(rows, (0, []))
     if header not in (COLUMNS, BY_HAND_COLUMNS, [*BY_HAND_COLUMNS, "note"]):
         raise InputError(
@@ -186,7 +180,7 @@ def read_events(path: Path) -> Reviews:
         if len(cells) != len(header):
             raise InputError(f"{where}: expected {len(header)} values, not {len(cells)}")
         row = dict(zip(header, cells, strict=True))
-        event = _event(row, path.stem, len(events) + 1, where)
+        event = event_of_row(row, path.stem, len(events) + 1, where)
         if header != COLUMNS and event.key in seen:
             raise InputError(f"{where}: second verdict for region {event.region} of '{event.sample}'")
         seen.add(event.key)
@@ -215,7 +209,7 @@ def add_verdict(folder: Path, key: Key, verdict: Verdict, note: str, reviewer: s
     note = " ".join(note.split())
     if len(note) > LONGEST_NOTE:
         raise InputError(f"the note has {len(note)} characters, at most {LONGEST_NOTE} are kept; shorten it")
-    with _locked(folder):
+    with locked(folder):
         events = _events_so_far(path)
         return _appended(path, events, key, verdict, note)
 
@@ -227,7 +221,7 @@ def take_back(folder: Path, order: int, reviewer: str) -> Event:
         InputError: that verdict does not stand, e.g. since it was undone elsewhere; or as `add_verdict`.
     """
     path = reviewer_file(folder, reviewer)
-    with _locked(folder):
+    with locked(folder):
         events = _events_so_far(path)
         for event in standing(events).values():
             if event.order == order:
@@ -236,15 +230,22 @@ def take_back(folder: Path, order: int, reviewer: str) -> Event:
 
 
 def reviewer_file(folder: Path, reviewer: str) -> Path:
-    """The file of a reviewer: letters, digits, spaces, dots and hyphens, so that no name leads out of the folder.
+    """The file of a reviewer. Raises InputError where the name cannot be a file's."""
+    return person_file(folder, reviewer, "reviewer")
+
+
+def person_file(folder: Path, person: str, what: str) -> Path:
+    """A person's file: letters, digits, spaces, dots and hyphens, so that no name leads out of the folder.
+
+    what: the person is, for messages.
 
     Raises:
         InputError: the name cannot be a file's.
     """
-    name = unicodedata.normalize("NFC", reviewer.strip())
+    name = unicodedata.normalize("NFC", person.strip())
     if not NAME.fullmatch(name) or _plain(name) == BY_HAND:
         raise InputError(
-            f"reviewer '{reviewer[:80]}': expected a name of 1 to 60 letters, digits, spaces, dots, hyphens or "
+            f"{what} '{person[:80]}': expected a name of 1 to 60 letters, digits, spaces, dots, hyphens or "
             f"underscores, beginning and ending with a letter or digit, and not '{BY_HAND}'"
         )
     for path in folder.glob("*.csv"):
@@ -254,7 +255,8 @@ def reviewer_file(folder: Path, reviewer: str) -> Path:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
+    """Lets one process or thread after the other write into a folder of reviewers' files."""
     from filelock import FileLock  # here, so that reading needs no library
 
     with FileLock(folder / ".lock"):
@@ -267,7 +269,7 @@ def _events_so_far(path: Path) -> list[Event]:
 
 def _appended(path: Path, events: list[Event], key: Key, verdict: Said, note: str) -> Event:
     event = Event(*key, verdict, note, path.stem, events[-1].order + 1 if events else 1)
-    _write(path, [*events, event])
+    write_events(path, [*events, event])
     return event
 
 
@@ -276,38 +278,16 @@ def _plain(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def _decoded(path: Path) -> tuple[str, list[str]]:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; restore it with `git checkout {path}`") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); look at its rights") from error
-    try:
-        return data.decode("utf-8-sig"), []
-    except UnicodeDecodeError:
-        pass
-    try:
-        return data.decode("cp1252"), [f"{path}: not UTF-8, read as Windows-1252; save it as 'CSV UTF-8' to be sure"]
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: neither UTF-8 nor Windows-1252; save it anew as 'CSV UTF-8'") from None
+def event_of_row(row: dict[str, str], stem: str, place: int, where: str) -> Event:
+    """What a row says.
 
+    Args:
+        row: column -> cell. stem: the reviewer whose file it is. place: its order, where it has none of its own. where:
+            file and line, for messages.
 
-def _rows(path: Path, reader: Iterator[list[str]]) -> Iterator[tuple[int, list[str]]]:
-    """Line number and cells of each row that is not empty."""
-    while True:
-        line = reader.line_num + 1  # type: ignore[attr-defined]  # where the row begins; a quoted cell may have several
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise InputError(f"{path}, line {line}: not CSV ({error}); mend the row's quotes") from None
-        if any(cell.strip() for cell in cells):
-            yield line, cells
-
-
-def _event(row: dict[str, str], stem: str, place: int, where: str) -> Event:
+    Raises:
+        InputError: a cell cannot be meant, or it is of another reviewer.
+    """
     by_hand = "order" not in row
     verdict = row["verdict"].strip().lower()
     allowed = VERDICTS if by_hand else get_args(Said)
@@ -333,19 +313,7 @@ def _event(row: dict[str, str], stem: str, place: int, where: str) -> Event:
     )
 
 
-def _quoted(cell: str) -> str:
-    """As csv does, and also around a carriage return alone, which csv.writer leaves bare before Python 3.13."""
-    doubled = cell.replace('"', '""')
-    return f'"{doubled}"' if any(each in cell for each in ',"\r\n') else cell
-
-
-def _write(path: Path, events: Sequence[Event]) -> None:
+def write_events(path: Path, events: Sequence[Event]) -> None:
+    """Put a reviewer's events in the place of the file; who calls it holds the folder's lock."""
     rows = [COLUMNS, *([str(getattr(event, name)) for name in COLUMNS] for event in events)]
-    text = "".join(",".join(map(_quoted, row)) + "\n" for row in rows)
-    building = path.with_name(f".{path.name}.partial")
-    with building.open("wb") as file:
-        file.write(text.encode("utf-8"))
-        file.flush()
-        os.fsync(file.fileno())
-    building.replace(path)
-    sync_folder(path.parent)  # the new name, too
+    write_csv(path, rows)

@@ -285,3 +285,20 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Put a file in the place of another: written beside it, fsync, renamed, so that it is whole at any moment.
+
+    Who calls it holds a lock on the file, if others may write it too.
+    """
+    building = path.with_name(f".{path.name}.partial")
+    try:
+        with building.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        building.replace(path)
+    finally:
+        building.unlink(missing_ok=True)
+    sync_folder(path.parent)  # the new name, too

@@ -385,7 +385,8 @@ def _asked(body: dict[str, Any]) -> str:
 
 
 def _is_judge(body: dict[str, Any]) -> bool:
-    return isinstance(body["messages"][0]["content"], str)
+    content = body["messages"][0]["content"]
+    return isinstance(content, str) and "CORRECTIONS " not in content  # which asks for a better specification
 
 
 def _pictures(body: dict[str, Any]) -> list[np.ndarray]:

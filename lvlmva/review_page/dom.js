@@ -32,7 +32,7 @@ export async function ask(url, body) {
   try {
     answer = await fetch(url, options);
   } catch {
-    throw new Error("the server does not answer; start `lvlmva review` anew and open the address that it prints");
+    throw new Error("the server does not answer; start its command anew and open the address that it prints");
   }
   if (answer.headers.get("Content-Type") === "application/octet-stream") return new Uint8Array(await answer.arrayBuffer());
   const text = await answer.text();

@@ -73,7 +73,7 @@ def load_critic_prompts(folder: Path, class_names: list[str]) -> Prompts:
     Raises:
         InputError: a file is missing or malformed, or a class has no description.
     """
-    specification = _load_specification(folder / "specification.yaml")
+    specification = read_specification(folder / "specification.yaml")
     missing = [name for name in class_names if name not in specification.classes]
     if missing:
         raise InputError(
@@ -85,6 +85,11 @@ def load_critic_prompts(folder: Path, class_names: list[str]) -> Prompts:
 def load_judge_prompts(folder: Path) -> Prompts:
     """Read judge.j2. Raises InputError where it is missing."""
     return _prompts(template_of(folder, "judge.j2"), None, prompts_digest(folder, *JUDGE_FILES))
+
+
+def load_proposal_prompts(folder: Path) -> Prompts:
+    """Read proposal.j2, which asks for a better specification (an extension). Raises InputError where it is missing."""
+    return _prompts(template_of(folder, "proposal.j2"), None, prompts_digest(folder, "proposal.j2"))
 
 
 def template_of(folder: Path, name: str) -> Path:
@@ -107,13 +112,19 @@ def _prompts(file: Path, specification: Specification | None, digest: str) -> Pr
         raise InputError(f"{file}: {error.message}; mend the template") from error
 
 
-def _load_specification(file: Path) -> Specification:
+def read_specification(file: Path) -> Specification:
+    """Read specification.yaml. Raises InputError where it is missing or malformed."""
+    return parse_specification(_read(file), file)
+
+
+def parse_specification(text: str, file: Path) -> Specification:
+    """What the text of a specification.yaml says. file: for messages. Raises InputError where it is malformed."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
     try:
         # "base": every value is the text that stands there, so that classes may be named no, on, 1.0 or null
-        return Specification.model_validate(YAML(typ="base", pure=True).load(_read(file)))
+        return Specification.model_validate(YAML(typ="base", pure=True).load(text))
     except YAMLError as error:
         raise InputError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:

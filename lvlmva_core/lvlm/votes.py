@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from lvlmva_core.agreement import fleiss_kappa
 from lvlmva_core.regions import attribution_shares
 
 Rule = Literal["majority", "unanimous"]
@@ -38,35 +39,6 @@ def vote(verdicts: Sequence[str], rule: Rule) -> tuple[str, float]:
     rejected = bool(rejects(np.array(rejecting), len(verdicts), rule))
     agreeing = rejecting if rejected else len(verdicts) - rejecting
     return ("no" if rejected else "yes"), agreeing / len(verdicts)
-
-
-def fleiss_kappa(counts: np.ndarray) -> float | None:
-    """Agreement of raters beyond chance (Fleiss 1971, Psychological Bulletin 76, 378-382).
-
-    Args:
-        counts: int (N, C), how many of the raters put each of N items into each of C categories; the same number of
-            raters, two or more, for each item.
-
-    Returns:
-        At most 1 (they agree everywhere), 0 at chance; None where it is not defined: no item, or all ratings alike.
-
-    Raises:
-        ValueError: a negative count, other numbers of raters, or fewer than two.
-    """
-    counts = np.asarray(counts)
-    if counts.ndim != 2 or (counts < 0).any():
-        raise ValueError(f"counts must be (N, C) and not negative, not {counts.shape}")
-    if not len(counts):
-        return None
-    raters = int(counts[0].sum())
-    if raters < 2 or (counts.sum(axis=1) != raters).any():
-        raise ValueError("each item needs the same number of ratings, two or more")
-    agreeing = (counts * (counts - 1)).sum(axis=1) / (raters * (raters - 1))
-    shares = counts.sum(axis=0) / counts.sum()
-    by_chance = float((shares**2).sum())
-    if (counts.sum(axis=0) > 0).sum() == 1:
-        return None
-    return (float(agreeing.mean()) - by_chance) / (1 - by_chance)
 
 
 def kappa_of(rejected: np.ndarray) -> float | None:

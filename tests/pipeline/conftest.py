@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lvlmva.warm import warm
+from tests.pipeline.browser import CHROMIUM
 from tests.pipeline.calls import COUNT, KEY, Server, project, running_server
 
 
@@ -36,3 +38,12 @@ def folder(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> P
     monkeypatch.setenv("LVLMVA_TEST_API_KEY", KEY)
     monkeypatch.delenv("LVLMVA_OFFLINE", raising=False)
     return here
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield running
+        running.close()

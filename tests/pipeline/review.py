@@ -92,11 +92,14 @@ def write_project(folder: Path) -> np.ndarray:
 
 
 class ReviewServer:
-    """`lvlmva review` as a process in a project; `get` and `post` are the page's own requests unless told otherwise."""
+    """`lvlmva review`, or another page, as a process in a project.
 
-    def __init__(self, folder: Path, port: int = 0) -> None:
+    `get` and `post` are the page's own requests unless told otherwise.
+    """
+
+    def __init__(self, folder: Path, port: int = 0, name: str = "review", *options: str) -> None:
         self.folder = folder
-        command = [sys.executable, "-m", "lvlmva.cli", "review", "--port", str(port), "--no-browser"]
+        command = [sys.executable, "-m", "lvlmva.cli", name, "--port", str(port), "--no-browser", *options]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(
             command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -1,7 +1,6 @@
 """The review page in a real Chromium: by mouse, by key, after kill -9, on a phone, and against another site's form."""
 
 import http.server
-import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -10,19 +9,10 @@ from typing import Any
 
 import pytest
 
+from tests.pipeline.browser import CHROMIUM, barriers, watched
 from tests.pipeline.review import COUNT, LONG, SIDE, ReviewServer, write_project
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian: apt-get install chromium)")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield running
-        running.close()
 
 
 @pytest.fixture
@@ -34,26 +24,12 @@ def server(tmp_path: Path) -> Iterator[ReviewServer]:
 
 def open_page(browser: Any, server: ReviewServer, reviewer: str, **context: Any) -> tuple[Any, list[str]]:
     """The page as a reviewer opens it for the first time, and what it complains of from then on."""
-    page = browser.new_context(**context).new_page()
-    complaints: list[str] = []
-    page.on("console", lambda message: message.type in ("error", "warning") and complaints.append(message.text))
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda asked: asked.url.split("/")[2] == server.host or complaints.append(asked.url))
-    page.on("dialog", lambda dialog: complaints.append(dialog.message))
+    page, complaints = watched(browser, server, **context)
     page.goto(server.address)
     page.locator("#who-name").fill(reviewer)
     page.locator("#who-name").press("Enter")
     page.locator("#pictures svg").first.wait_for()
     return page, complaints
-
-
-def barriers(page: Any) -> list[str]:
-    """What axe-core finds against WCAG 2.2 AA: rule and element."""
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
-    rules = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
-    found = axe.run(page, options={"runOnly": rules}).response
-    assert len(found["passes"]) > 15
-    return [f"{rule['id']}: {node['html'][:200]}" for rule in found["violations"] for node in rule["nodes"]]
 
 
 def test_verdicts_by_mouse_and_by_key_reach_the_file_and_outlive_the_server(browser: Any, server: ReviewServer) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from lvlmva.several import cost_of, describe
+from lvlmva_core.agreement import fleiss_kappa
 from lvlmva_core.comparison import answers_against_truth
 from lvlmva_core.lvlm.records import CritiqueRow, VerdictRow
 from lvlmva_core.lvlm.settings import ModelCritic
@@ -15,7 +16,6 @@ from lvlmva_core.lvlm.votes import (
     accuracy_of_votes,
     cascade_cost,
     error_correlations,
-    fleiss_kappa,
     largest_reliance,
     vote,
     why_further,
