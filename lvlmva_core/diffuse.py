@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 HELD = 0.9  # of the absolute attribution
-DIFFUSE_FROM = 0.5  # median share of pixels from which a set of maps is diffuse; its error rates: docs/supports.md
+DIFFUSE_FROM = 0.53  # median share of pixels from which a set of maps is diffuse; its error rates: docs/supports.md
 
 
 def shares_of_pixels(attributions: ArrayLike, held: float = HELD) -> np.ndarray:
