@@ -139,8 +139,9 @@ def by_support(rows: pd.DataFrame, compared: pd.DataFrame) -> Figure:
         axes.set_xticklabels(["0", "0.25", "0.5", "0.75", "1", *(kind for kind, _ in others)], fontsize=7, rotation=40)
         axes.set_xlabel("support of the brightness, share of the picture; other kinds, whole picture", fontsize=8)
         axes.set_title(MEASURES[measure_], fontsize=10)
+        axes.set_yscale("log" if measure_ == "reliance" else "linear")
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(fontsize=7, frameon=False)
+    figure.axes[0].legend(fontsize=7, frameon=False, loc="lower right")
     figure.suptitle("decoy_digits with other shortcuts; critic: oracle (a stand-in), no errors", fontsize=10)
     return figure
 
