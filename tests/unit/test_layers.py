@@ -9,7 +9,7 @@ from lvlmva.pipeline import _imports
 ROOT = Path(__file__).parents[2]
 LAYERS = [
     ["errors", "progress", "arrays", "settings", "store", "statistics", "compute"],
-    ["penalties"],
+    ["convolutions", "penalties"],
     ["align_settings", "train_settings", "exchange_settings"],
     [
         "samples",
@@ -29,7 +29,7 @@ LAYERS = [
     ["segmentation", "segmenters", "segmentations", "render"],
     ["lvlm"],
     ["masks", "controls", "planting", "calibration"],
-    ["metrics"],
+    ["metrics", "diffuse"],
     ["alignment", "baselines"],
     ["outputs", "evaluation", "classifier_check", "export", "audit"],
     ["corrections", "proposal"],
