@@ -51,9 +51,28 @@ class Mask(Settings):
 
 
 class Explain(Settings):
-    """What is explained anew after alignment, for the report."""
+    """What is explained anew after alignment, for the report.
+
+    panel_samples: in the figure, those of which most is masked. gallery_samples: further ones, for the page's gallery.
+    """
 
     panel_samples: Annotated[int, Field(ge=8, le=64)]
+    gallery_samples: Annotated[int, Field(ge=0)] = 0
+
+
+class Report(Settings):
+    """How large the page is.
+
+    gallery_samples: of the alignment set, that it shows at most. max_megabytes: of the file; pictures become smaller
+    until it holds.
+    """
+
+    gallery_samples: Count = 1000
+    max_megabytes: Annotated[float, Field(ge=2.0, le=200.0)] = 20.0
+
+    def limits(self) -> tuple[int, int]:
+        """Samples, and bytes of the page."""
+        return self.gallery_samples, int(self.max_megabytes * 1e6)
 
 
 class Evaluate(Settings):
@@ -93,6 +112,7 @@ class Params(Settings):
     explain: Explain
     evaluate: Evaluate
     compare: Compare
+    report: Report = Report()
 
     def chosen_methods(self) -> dict[str, Settings]:
         """Settings of each method after inheritance; a method that states rrr_lambda takes over no grid of them.

@@ -1,69 +1,39 @@
 """What the review page shows: alignment samples with their regions, verdicts and pictures, from the stages' files."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from lvlmva_core.arrays import read_array, read_attrs, read_table
+from lvlmva_core.arrays import read_array, read_attrs, read_json
 from lvlmva_core.errors import InputError
-from lvlmva_core.independence import typical_size
-from lvlmva_core.lvlm.offline import is_stand_in
-from lvlmva_core.lvlm.records import CritiqueRow, VerdictRow, read_rows
-from lvlmva_core.regions import attribution_shares, segmentation_digest
-from lvlmva_core.render import PALETTE, attribution_limit, enlarge, render_image, render_overlay, to_png
-from lvlmva_core.samples import read_class_names, read_images, read_samples, rows_of_ids
+from lvlmva_core.pattern_names import read_names, with_names
+from lvlmva_core.patterns import Pattern
+from lvlmva_core.render import attribution_limit, enlarge, render_image, to_png
+from lvlmva_core.report import tables
+from lvlmva_core.report.captions import CAPTIONS
+from lvlmva_core.report.gallery import Gallery, read_gallery
+from lvlmva_core.report.headline import headline_of
+from lvlmva_core.report.page import Page, drawn_of
+from lvlmva_core.report.patterns_shown import cards, pattern_data
+from lvlmva_core.report.thumbnails import signed_picture
+from lvlmva_core.samples import read_images
 
-Kind = Literal["image", "attribution", "overlay"]
+Kind = Literal["image", "before", "after"]
 WATCHED = ("images", "segments", "attributions")  # whose change makes the page show what is not there any more
 
 
 @dataclass(frozen=True)
-class Content:
-    """The alignment set as the stages left it.
+class Content(Gallery):
+    """The alignment set, and the files that it was read from.
 
-    ids: N samples. rows: int (N,), of images.zarr. class_names: of each sample. label_maps: uint8 (N, H, W).
-    digests: of these. shares: of each sample, region -> share of the positive attribution. reliance: float (N, J), or
-    None where the stage `exchange` did not run. state: of the files, when they were read.
+    known: name -> path, of dvc.yaml. state: of the files, when they were read.
     """
 
-    known: dict[str, Path]
-    ids: list[str]
-    rows: np.ndarray
-    class_names: list[str]
-    entropies: list[float]
-    label_maps: np.ndarray
-    digests: list[str]
-    shares: list[dict[int, float]]
-    reliance: np.ndarray | None
-    critiques: dict[str, CritiqueRow]
-    verdicts: dict[str, VerdictRow]
-    state: dict[str, tuple[int, ...]]
-
-    @cached_property
-    def page(self) -> dict[str, Any]:
-        """All that the page knows at once; JSON-able."""
-        judged = [self.verdicts[sample] for sample in self.ids if sample in self.verdicts]
-        critics = sorted({name for row in judged for name in row.critics()})
-        judges = sorted({row.judge for row in judged})
-        return {
-            "critics": [{"name": name, "stand_in": is_stand_in(name)} for name in critics],
-            "judges": [{"name": name, "stand_in": is_stand_in(name)} for name in judges],
-            "height": self.label_maps.shape[1],
-            "width": self.label_maps.shape[2],
-            "samples": [self._sample(n) for n in range(len(self.ids))],
-        }
-
-    def critique(self, n: int) -> str:
-        """What the critic wrote of a sample, or why it wrote nothing."""
-        row = self.critiques.get(self.ids[n])
-        if row is None:
-            return "No critic was asked about this sample."
-        if row.critique is not None:
-            return row.critique
-        return row.failure or "No critic was asked: the prediction does not depend on any region."
+    known: dict[str, Path] = field(default_factory=dict)
+    state: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def with_words(self, words: str) -> list[int]:
         """Places of the samples whose critique, id or class holds all of the words, in any case."""
@@ -77,14 +47,17 @@ class Content:
     def picture(self, n: int, kind: Kind) -> bytes:
         """A PNG of a sample. Raises InputError where the files have changed since, ValueError for another kind."""
         self.check_unchanged()
-        if kind == "attribution":
-            return to_png(enlarge(_signed(read_array(self.known["attributions"], "attributions", np.array([n]))[0])))
-        pixels = read_images(self.known["images"], self.rows[[n]])[0]
         if kind == "image":
-            return to_png(render_image(pixels))
-        if kind == "overlay":
-            return to_png(render_overlay(pixels, self.label_maps[n], style="grey" if len(pixels) == 1 else "colour"))
-        raise ValueError(f"picture '{kind}' is none of image, attribution, overlay")
+            return to_png(render_image(read_images(self.known["images"], self.rows[[n]])[0]))
+        shown = self.attributions[n]
+        if kind == "after":
+            if self.ids[n] not in self.explained:
+                raise ValueError(f"'{self.ids[n]}' was not explained after alignment (explain.gallery_samples)")
+            row = np.array([self.explained[self.ids[n]]])
+            shown = read_array(self.known["explanations"], "attributions", row)[0]
+        elif kind != "before":
+            raise ValueError(f"picture '{kind}' is none of image, before, after")
+        return to_png(enlarge(signed_picture(shown, attribution_limit(self.attributions[n]))))
 
     def check_unchanged(self) -> None:
         """Raises InputError where stages ran since the files were read."""
@@ -92,35 +65,52 @@ class Content:
             raise InputError("the pipeline's files have changed since this page was served; start `lvlmva review` anew")
 
     @cached_property
+    def explained(self) -> dict[str, int]:
+        """Sample -> row of what the aligned model looks at, for those that were explained."""
+        path = self.known["explanations"]
+        return {str(sample): row for row, sample in enumerate(read_attrs(path)["ids"])} if path.exists() else {}
+
+    @cached_property
+    def found(self) -> tuple[list[Pattern], int, list[dict[str, Any]]]:
+        """Patterns of what the critic rejected, the number of regions in none of them, and the patterns' cards."""
+        self.check_unchanged()
+        images = read_images(self.known["images"], self.rows)
+        patterns, rare = self.patterns(images)
+        return patterns, rare, cards(self, patterns, images)
+
+    def named_patterns(self) -> list[Pattern]:
+        """The patterns by the names that experts gave them."""
+        return with_names(self.found[0], self, read_names(self.known["overrides"]))
+
+    def data(self) -> dict[str, Any]:
+        """What the page's scripts know at once; JSON-able."""
+        samples = [{**sample, "after": sample["id"] in self.explained} for sample in self.page["samples"]]
+        return {**self.page, "samples": samples, "patterns": pattern_data(self, self.named_patterns())}
+
+    def report(self) -> Page:
+        """What stands on the page beside its samples: what was measured so far."""
+        about = read_attrs(self.known["images"])
+        _, rare, shown = self.found
+        named = [{**card, "name": pattern.name} for card, pattern in zip(shown, self.named_patterns(), strict=True)]
+        page = Page(f"LVLM-VA on {about.get('dataset', 'these pictures')}: review", patterns=named, rare=rare)
+        if not self.known["evaluation"].exists():
+            return page
+        measured = read_json(self.known["evaluation"])
+        who = tables.judged_by(measured)
+        drawn = [(caption, self.known["reports"] / f"{name}.png") for name, caption in CAPTIONS.items()]
+        return replace(
+            page,
+            warning=tables.warning_of(measured["verdicts"]),
+            headline=headline_of(measured, about["spurious_feature"]),
+            facts=[f"{who[0].upper()}{who[1:]}."],
+            tables=tables.page_tables(measured, self.classes),
+            figures=[drawn_of(caption, path) for caption, path in drawn if path.exists()],
+        )
+
+    @cached_property
     def places(self) -> dict[tuple[str, str], int]:
         """(Sample, digest of its segmentation) -> place."""
         return {pair: n for n, pair in enumerate(zip(self.ids, self.digests, strict=True))}
-
-    def _sample(self, n: int) -> dict[str, Any]:
-        row = self.verdicts.get(self.ids[n])
-        said = {} if row is None else row.by_region()
-        certainty = {} if row is None else {each.region: each.certainty for each in row.verdicts}
-        areas = np.bincount(self.label_maps[n].ravel(), minlength=256) / self.label_maps[n].size
-        return {
-            "id": self.ids[n],
-            "class": self.class_names[n],
-            "entropy": self.entropies[n],
-            "failure": None if row is None else row.failure,
-            "regions": [
-                {
-                    "region": region,
-                    "colour": PALETTE[region].name,
-                    "rgb": PALETTE[region].rgb,
-                    "share": self.shares[n].get(region, 0.0),
-                    "area": float(areas[region]),
-                    "reliance": None if self.reliance is None else _finite(self.reliance[n, region]),
-                    "verdict": said.get(region),
-                    "asked": region in certainty,
-                    "certainty": certainty.get(region),
-                }
-                for region in self.shares[n]
-            ],
-        }
 
 
 def read_content(known: dict[str, Path]) -> Content:
@@ -136,58 +126,9 @@ def read_content(known: dict[str, Path]) -> Content:
         if not known[name].exists():
             raise InputError(f"{known[name]}: not made yet; run `dvc repro {stage}`")
     state = _state(known)
-    attrs = read_attrs(known["segments"])
-    ids = [str(sample) for sample in attrs["ids"]]
-    table = read_samples(known["samples"])
-    rows = rows_of_ids(table, ids)
-    names = read_class_names(known["images"])
-    label_maps = read_array(known["segments"], "segments")
-    digests = [segmentation_digest(label_map) for label_map in label_maps]
-    if read_attrs(known["attributions"])["ids"] != ids:
-        raise InputError(f"{known['attributions']}: other samples than the segmentations; run `dvc repro segment`")
-    maps = read_array(known["attributions"], "attributions")
-    entropies = read_table(known["alignment_set"], ["id", "entropy"]).set_index("id")["entropy"]
-    reliance = None
-    if known["reliance"].exists() and read_attrs(known["reliance"])["ids"] == ids:
-        typical = typical_size(read_array(known["reliance"], "logit")) or 1.0
-        reliance = read_array(known["reliance"], "other").astype(np.float64) / typical
-    content = Content(
-        known,
-        ids,
-        rows,
-        [names[int(label)] for label in table["label"].to_numpy()[rows]],
-        [float(entropies[sample]) for sample in ids],
-        label_maps,
-        digests,
-        [attribution_shares(effect, label_map) for effect, label_map in zip(maps, label_maps, strict=True)],
-        reliance,
-        _rows(known["critiques"], CritiqueRow),
-        _rows(known["verdicts"], VerdictRow),
-        state,
-    )
-    for what, stage, found in (("critiques", "critique", content.critiques), ("verdicts", "judge", content.verdicts)):
-        for sample, digest in zip(ids, digests, strict=True):
-            row = found.get(sample)
-            if row is not None and row.segmentation != digest:
-                raise InputError(f"{known[what]}: '{sample}' is of another segmentation; run `dvc repro {stage}`")
-    return content
-
-
-def _rows(path: Path, kind: Any) -> dict[str, Any]:
-    return {row.sample: row for row in read_rows(path, kind)} if path.exists() else {}
-
-
-def _signed(attribution: np.ndarray) -> np.ndarray:
-    """Blue below, white at, red above zero: uint8 (H, W, 3)."""
-    from matplotlib import colormaps
-
-    scale = attribution_limit(attribution)
-    level = np.clip(attribution / (2 * scale) + 0.5, 0, 1)
-    return np.asarray(np.rint(colormaps["RdBu_r"](level)[..., :3] * 255), dtype=np.uint8)
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
+    names = ("images", "samples", "segments", "attributions", "alignment_set", "reliance", "critiques", "verdicts")
+    gallery = read_gallery(*(known[name] for name in names))
+    return Content(**vars(gallery), known=known, state=state)
 
 
 def _state(known: dict[str, Path]) -> dict[str, tuple[int, ...]]:

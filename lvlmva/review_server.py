@@ -13,12 +13,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from lvlmva.page import FOLDER
 from lvlmva.review_content import Content
 from lvlmva.serving import HANDLERS, page_routes, read_body
 from lvlmva.specification_server import SpecificationPage
 from lvlmva_core.overrides import Event, Verdict, add_verdict, read_events, reviewer_file, standing, take_back
-
-PAGE = Path(__file__).parent / "review_page"
+from lvlmva_core.pattern_names import give_name
+from lvlmva_core.report.page import render_page
 
 
 class Said(BaseModel):
@@ -42,6 +43,16 @@ class TakenBack(BaseModel):
     order: Annotated[int, Field(ge=1)]
 
 
+class Named(BaseModel):
+    """What a reviewer calls a pattern, by its place in the page."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    reviewer: str
+    pattern: Annotated[int, Field(ge=0)]
+    name: str
+
+
 class Review:
     """The routes of the page.
 
@@ -56,7 +67,8 @@ class Review:
         """The application, to stand behind a Guard."""
         return Starlette(
             routes=[
-                *page_routes(PAGE),
+                Route("/", self._index),
+                *(route for route in page_routes(FOLDER) if route.path not in ("/", "/index.html")),
                 *SpecificationPage(self._content.known).routes(),
                 Route("/api/page", self._page),
                 Route("/api/found", self._found),
@@ -66,12 +78,16 @@ class Review:
                 Route("/api/verdicts", self._verdicts, methods=["GET"]),
                 Route("/api/verdicts", self._say, methods=["POST"]),
                 Route("/api/undo", self._undo, methods=["POST"]),
+                Route("/api/names", self._name, methods=["POST"]),
             ],
             exception_handlers=HANDLERS,
         )
 
+    def _index(self, _: Request) -> Response:
+        return Response(render_page(self._content.report(), FOLDER), media_type="text/html")
+
     def _page(self, _: Request) -> Response:
-        return JSONResponse({**self._content.page, "reviewer": self._reviewer, "folder": str(self._overrides)})
+        return JSONResponse({**self._content.data(), "reviewer": self._reviewer, "folder": str(self._overrides)})
 
     def _found(self, request: Request) -> Response:
         return JSONResponse(self._content.with_words(request.query_params.get("words", "")))
@@ -103,6 +119,18 @@ class Review:
         place = self._content.places.get((event.sample, event.segmentation))
         left = await run_in_threadpool(self._said_so_far, undone.reviewer)
         return JSONResponse({"place": place, "region": event.region, **left})
+
+    async def _name(self, request: Request) -> Response:
+        said = await read_body(request, Named)
+        return await run_in_threadpool(self._call, said)
+
+    def _call(self, said: Named) -> Response:
+        content, patterns = self._content, self._content.found[0]
+        if said.pattern >= len(patterns):
+            raise HTTPException(HTTPStatus.NOT_FOUND, f"there are {len(patterns)} patterns")
+        n, region = patterns[said.pattern].anchor
+        key = (content.ids[n], content.digests[n], region)
+        return JSONResponse({"name": give_name(self._overrides, key, said.name, said.reviewer)}, HTTPStatus.CREATED)
 
     def _write(self, said: Said) -> Response:
         content = self._content

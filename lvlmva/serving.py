@@ -26,7 +26,7 @@ from lvlmva_core.errors import InputError
 KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 LARGEST_BODY = 1 << 16  # bytes
 HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "Cache-Control": "no-store",  # pictures may be patients'
     "Cross-Origin-Opener-Policy": "same-origin",
@@ -137,11 +137,17 @@ def _from_the_page(headers: Headers, host: str) -> bool:
     return origin == f"http://{host}"
 
 
-def page_routes(folder: Path, at: str = "/", shared: Sequence[Path] = ()) -> list[Route]:
-    """A route for each file of a page's folder and for those that it shares with others; `at` gives index.html."""
-    files = [file for file in sorted(folder.iterdir()) if file.suffix in KINDS]
+def page_routes(
+    folder: Path, at: str = "/", shared: Sequence[Path] = (), index: Callable[[Request], Response] | None = None
+) -> list[Route]:
+    """A route for each file of a page's folder, and for those that it shares with others.
+
+    Args:
+        at: where the page is; gives index.html, or what `index` makes of a request.
+    """
+    files = [file for file in sorted(folder.iterdir()) if file.suffix in KINDS and file.name != "index.html"]
     return [
-        Route(at, _file(folder / "index.html")),
+        Route(at, index or _file(folder / "index.html")),
         *(Route(f"{at}{file.name}", _file(file)) for file in (*files, *shared)),
     ]
 

@@ -18,6 +18,7 @@ BY_HAND_COLUMNS = ["sample", "segmentation", "region", "verdict"]
 COLUMNS = [*BY_HAND_COLUMNS, "note", "reviewer", "order"]
 BY_HAND = "verdicts"  # the reviewer of the file that is written by hand
 NAME = re.compile(r"\w(?:[\w .-]{0,58}\w)?")  # of a reviewer, and so of a file
+PATTERNS = "patterns"  # the folder beside these files, with what reviewers call patterns
 LONGEST_NOTE = 2000  # characters
 Key = tuple[str, str, int]  # sample, digest of its segmentation, region
 
@@ -142,7 +143,7 @@ def read_reviews(folder: Path) -> Reviews:
     notes: list[str] = []
     names: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.suffix.lower() == ".md":
+        if path.name.startswith(".") or path.suffix.lower() == ".md" or path.name == PATTERNS:
             continue
         if path.suffix.lower() != ".csv" or not path.is_file():
             notes.append(f"{path}: not read; save it as CSV")

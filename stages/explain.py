@@ -29,7 +29,7 @@ def explain(
     maps = read_array(attributions, "attributions")[[row_of[sample] for sample in masked]]
     shares = masked_share(maps, suppressed)
     chosen = by_class_in_turn(shares, table["label"].to_numpy()[rows_of_ids(table, masked)])
-    chosen = chosen[: loaded.explain.panel_samples]
+    chosen = chosen[: sum((loaded.explain.panel_samples, loaded.explain.gallery_samples))]
     ids = [masked[row] for row in chosen]
     shown = read_sample_rows(images, table, ids, device)
     baselines = read_sample_rows(images, table, list(before["baseline_ids"]), device)
@@ -37,7 +37,8 @@ def explain(
     model, _ = load_checkpoint(checkpoint, device, loaded.train.model)
     explained = loaded.attribute.explain(model, shown.images, baselines.images, shown.labels)
     found = {"attributions": explained.attributions.sum(1).cpu().numpy(), "masked_share": np.asarray(shares[chosen])}
-    write_arrays(explanations, found, {"ids": ids, "method": before["method"], "model": checkpoint.stem})
+    about = {"ids": ids, "panel": loaded.explain.panel_samples, "method": before["method"]}
+    write_arrays(explanations, found, {**about, "model": checkpoint.stem})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-// A picture with its regions' outlines, numbers and verdicts; a region is chosen by a click.
+// Pictures with their regions' outlines, numbers and verdicts; a region is chosen by a click.
 
 import { element, svg } from "./dom.js";
 
@@ -48,24 +48,89 @@ export function centres(labels, height, width) {
   return found;
 }
 
-// What is drawn of a label map, found once: region -> {path, place of its number}.
-export function shapesOf(labels, height, width, regions) {
-  const middle = centres(labels, height, width);
-  return new Map(regions.map(({ region }) => [region, { path: outline(labels, height, width, region), middle: middle.get(region) }]));
+// A region's pixels as a path to be filled: a box for each run of a row.
+export function area(labels, height, width, region) {
+  const parts = [];
+  for (let row = 0; row < height; row++) {
+    for (let column = 0; column < width; column++) {
+      const start = column;
+      while (column < width && labels[row * width + column] === region) column++;
+      if (column > start) parts.push(`M${start} ${row}h${column - start}v1H${start}z`);
+    }
+  }
+  return parts.join("");
 }
 
-// A figure whose outlines are drawn anew by `update`; the picture below them is fetched once.
-export function figure({ url, caption, labels, shapes, height, width, choose }) {
+// What is drawn of a label map, found once: region -> {path, pixels, place of its number}.
+export function shapesOf(labels, height, width, regions) {
+  const middle = centres(labels, height, width);
+  return new Map(
+    regions.map(({ region }) => [
+      region,
+      { path: outline(labels, height, width, region), pixels: area(labels, height, width, region), middle: middle.get(region) },
+    ]),
+  );
+}
+
+// Stripes over what is masked, told from the picture below on dark and on light.
+export function hatch(id, size, strength = 1) {
+  const step = size / 16;
+  return svg(
+    "pattern",
+    { id, width: step, height: step, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)" },
+    svg("rect", { width: step, height: step, fill: "#000", "fill-opacity": 0.35 * strength }),
+    svg("rect", { width: step / 3, height: step, fill: "#fff", "fill-opacity": 0.6 * strength }),
+  );
+}
+
+let hatches = 0;
+
+// A small picture for the gallery: `rejected` regions hatched, with dashed outlines.
+export function thumbnail({ url, label, shapes, rejected, height, width }) {
+  const id = `hatch-${hatches++}`;
+  const drawn = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label });
+  drawn.append(svg("image", { href: url, width, height, preserveAspectRatio: "none", class: "pixels" }));
+  if (rejected.length > 0) drawn.append(svg("defs", {}, hatch(id, Math.max(width, height), 0.5)));
+  for (const region of rejected) {
+    const { path, pixels } = shapes.get(region);
+    drawn.append(
+      svg("path", { d: pixels, fill: `url(#${id})` }),
+      svg("path", { d: path, class: "edge under" }),
+      svg("path", { d: path, class: "edge over rejected" }),
+    );
+  }
+  return drawn;
+}
+
+// A figure whose outlines are drawn anew by `update`; the picture below them is fetched once. paint: what else is drawn:
+// "none", the regions' colours alone ("regions") or over the grey picture ("overlay"), or what is masked ("mask").
+export function figure({ url, caption, labels, shapes, regions, height, width, choose, paint = "none" }) {
   const lines = svg("g");
   const drawn = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": caption });
-  drawn.append(svg("image", { href: url, width, height, preserveAspectRatio: "none", class: "pixels" }), lines);
+  const id = `hatch-${hatches++}`;
+  if (url !== null) {
+    const kind = paint === "overlay" ? "pixels grey" : "pixels";
+    drawn.append(svg("image", { href: url, width, height, preserveAspectRatio: "none", class: kind }));
+  }
+  if (paint === "mask") drawn.append(svg("defs", {}, hatch(id, Math.max(width, height))));
+  if (paint === "regions" || paint === "overlay") {
+    for (const { region, rgb } of regions) {
+      const opacity = paint === "overlay" ? 0.4 : 1;
+      drawn.append(svg("path", { d: shapes.get(region).pixels, fill: `rgb(${rgb.join(",")})`, "fill-opacity": opacity }));
+    }
+  }
+  drawn.append(lines);
   const radius = Math.max(width, height) / 26;
   const within = (at, half, size) => Math.min(Math.max(at, half), size - half);
 
-  function update(chosen, mark) {
+  function update(chosen, mark, masked) {
     const ordered = [...shapes].sort(([a], [b]) => (a === chosen) - (b === chosen)); // the chosen one on top
+    const filled = paint === "mask" ? ordered.filter(([region]) => masked(region)) : [];
+    const areas = filled.map(([, { pixels }]) => svg("path", { d: pixels, fill: `url(#${id})` }));
     const edges = ordered.flatMap(([region, { path }]) =>
-      ["under", "over"].map((which) => svg("path", { d: path, class: `edge ${which} ${region === chosen ? "chosen" : ""}` })),
+      ["under", "over"].map((which) =>
+        svg("path", { d: path, class: `edge ${which} ${region === chosen ? "chosen" : ""} ${masked(region) ? "rejected" : ""}` }),
+      ),
     );
     const numbers = ordered.map(([region, { middle }]) => {
       const half = mark(region) === "" ? radius : radius * 1.5; // wider with a verdict's mark
@@ -77,7 +142,7 @@ export function figure({ url, caption, labels, shapes, height, width, choose }) 
         svg("text", { x, y: y + radius * 0.42, "font-size": radius * 1.25 }, `${region + 1}${mark(region)}`),
       );
     });
-    lines.replaceChildren(...edges, ...numbers);
+    lines.replaceChildren(...areas, ...edges, ...numbers);
   }
 
   drawn.addEventListener("click", (event) => {

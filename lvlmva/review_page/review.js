@@ -1,17 +1,36 @@
-// The review page: a queue of samples, a verdict a region, each sent at once and marked when it is on the disk.
+// The page: the report, and the review of its samples one by one, where each verdict is kept at once. Where it is served
+// the server keeps it; where it is a file, the browser does until it is downloaded.
 
-import { $, ask, element, say } from "./dom.js";
+import { $, element, say } from "./dom.js";
+import { openDisk } from "./disk.js";
+import { makeGallery } from "./gallery.js";
+import { bindPatterns } from "./patterns.js";
 import { figure, shapesOf } from "./picture.js";
+import { server } from "./server.js";
 
 const WORDS = { yes: "Yes", no: "No", unsure: "Unsure" };
 const MARKS = { yes: "✓", no: "✕", unsure: "?" };
-const PICTURES = { image: "image", attribution: "attribution: red speaks for the class, blue against", overlay: "regions" };
+const PICTURES = [
+  { kind: "image", caption: "image" },
+  { kind: "before", caption: "attribution before: red speaks for the class, blue against" },
+  { kind: "image", caption: "regions over the image", paint: "overlay" },
+];
+const MORE = [
+  { kind: null, caption: "regions", paint: "regions" },
+  { kind: "image", caption: "mask: hatched and dashed is suppressed", paint: "mask" },
+  { kind: "after", caption: "attribution after alignment, in the same colours" },
+];
 
-let page; // what the server said once
+const onDisk = $("data") === null ? null : openDisk($("data").textContent);
+const source = onDisk ?? server;
+let page; // what is known once
+let gallery;
 let reviewer = "";
 let mine = new Map(); // "place:region" -> {verdict, note, order, saved}
 let queue = []; // places, filtered and ordered
 let found = null; // places whose critique holds the words, or null
+let members = null; // places that one pattern holds, or null
+let afterName = null; // what waits for the reviewer's name
 let place = 0; // of the sample that is shown
 let chosen = null; // its region
 let labels = new Map(); // place -> label map
@@ -22,13 +41,26 @@ const key = (sample, region) => `${sample}:${region}`;
 const verdictOf = (sample, region) => mine.get(key(sample, region));
 const openRegions = (sample) => page.samples[sample].regions.filter(({ region }) => !verdictOf(sample, region));
 const reviewed = (sample) => openRegions(sample).length === 0;
-const onDisk = (sample) => page.samples[sample].regions.every(({ region }) => verdictOf(sample, region)?.saved);
+const keptAll = (sample) => page.samples[sample].regions.every(({ region }) => verdictOf(sample, region)?.saved);
+const percent = (value) => `${Math.round(100 * value)} %`;
+
+// What is masked: by this reviewer's verdict, else as the stage left it, else by the critic's.
+function isMasked(sample, { region, verdict, masked }) {
+  const own = verdictOf(sample, region)?.verdict;
+  if (own !== undefined) return own === "no";
+  return masked === null ? verdict === "no" : masked > 0;
+}
+const rejectedOf = (sample) => page.samples[sample].regions.filter((each) => isMasked(sample, each)).map(({ region }) => region);
+const wasMasked = ({ regions, masked_share: share }) =>
+  share ?? regions.reduce((sum, { share: held, verdict }) => sum + (verdict === "no" ? held : 0), 0);
 
 // What a correction is worth most on: where the critic is least sure, then where the model relies most on a region.
 const least = (sample) => Math.min(1, ...sample.regions.map(({ certainty }) => certainty ?? 1));
 const most = (sample) => Math.max(0, ...sample.regions.map(({ reliance }) => reliance ?? 0));
 const ORDERS = {
   worth: (a, b) => least(a) - least(b) || most(b) - most(a),
+  masked: (a, b) => wasMasked(b) - wasMasked(a),
+  reliance: (a, b) => most(b) - most(a),
   entropy: (a, b) => a.entropy - b.entropy,
   id: () => 0,
 };
@@ -36,22 +68,76 @@ const FILTERS = {
   all: () => true,
   open: (n) => !reviewed(n),
   done: (n) => reviewed(n),
-  rejected: (n) => page.samples[n].regions.some(({ verdict }) => verdict === "no"),
+  rejected: (n) => rejectedOf(n).length > 0,
+  accepted: (n) => rejectedOf(n).length === 0,
+  corrected: (n) => page.samples[n].regions.some(({ given, verdict }) => given !== null && given.verdict !== verdict),
+  truth: (n) => page.samples[n].differs === true,
   differs: (n) =>
     page.samples[n].regions.some(({ region, verdict }) => verdictOf(n, region) && verdictOf(n, region).verdict !== verdict),
   failed: (n) => page.samples[n].regions.some(({ verdict }) => verdict === null),
 };
 
 async function start() {
-  page = await ask("api/page");
+  page = await source.page();
   showJudges();
-  const classes = [...new Set(page.samples.map((sample) => sample.class))];
-  $("class").append(element("option", { value: "" }, "all"), ...classes.map((name) => element("option", { value: name }, name)));
+  choices("class", page.samples.map((sample) => sample.class));
+  choices("group", page.samples.map((sample) => sample.group).filter((group) => group !== null));
+  const lacks = (value, known) => known || $("show").querySelector(`[value=${value}]`).remove();
+  lacks("truth", page.samples.some(({ differs }) => differs !== null));
+  lacks("corrected", FILTERS.corrected && page.samples.some((_, n) => FILTERS.corrected(n)));
+  if (onDisk !== null) $("order").value = "masked";
+  gallery = makeGallery({ source, page, rejectedOf, open: (n, region) => turnTo("review", () => show(n, region)) });
   bind();
-  const name = page.reviewer ?? sessionStorage.getItem("reviewer");
-  if (name === null) $("who-box").showModal();
-  else await begin(name);
+  bindPatterns({ page, open: (n, region) => turnTo("review", () => show(n, region)), only, giveAll, rename });
+  const name = onDisk === null ? (page.reviewer ?? sessionStorage.getItem("reviewer")) : remembered();
+  if (name !== null) await begin(name);
+  refilter();
+  if (onDisk === null) await turnTo("review", openHash);
+  else if (/^#\d+$/.test(location.hash)) await turnTo("review", openHash);
+  else await turnTo("report");
+  if (name === null && onDisk === null) $("who-box").showModal();
 }
+
+function choices(id, values) {
+  const all = [...new Set(values)].sort();
+  $(id).append(element("option", { value: "" }, "all"), ...all.map((name) => element("option", { value: name }, name)));
+  $(id).closest("label").hidden = all.length < 2;
+}
+
+function openHash() {
+  const asked = Number(location.hash.slice(1)) - 1;
+  const first = queue.find((n) => !reviewed(n)) ?? queue[0] ?? 0;
+  return show(Number.isInteger(asked) && page.samples[asked] ? asked : first);
+}
+
+// One page, two views of it: the report, or its samples one by one. What is filtered is filtered in both.
+async function turnTo(view, then = () => undefined) {
+  const review = view === "review";
+  if (document.body.dataset.view === view) return then();
+  if (review) $("report").dataset.scroll = scrollY;
+  $("report").hidden = review;
+  $("review").hidden = !review;
+  document.body.dataset.view = view;
+  $("switch").textContent = review ? "Back to the report" : "Review the regions";
+  $(review ? "queue-filters" : "grid-filters").append(document.querySelector(".filters"));
+  $("skip-label").hidden = !review;
+  if (review) {
+    scrollTo(0, 0);
+  } else {
+    history.replaceState(null, "", location.pathname + location.search);
+    gallery.show(queue);
+    scrollTo(0, Number($("report").dataset.scroll ?? 0));
+  }
+  return then();
+}
+
+const remembered = () => {
+  try {
+    return localStorage.getItem("lvlmva reviewer");
+  } catch {
+    return null; // a browser that keeps nothing
+  }
+};
 
 function showJudges() {
   const named = ({ name, stand_in }) =>
@@ -62,18 +148,30 @@ function showJudges() {
 }
 
 async function begin(name) {
+  take(await source.verdicts(name));
   reviewer = name;
-  await reload();
-  sessionStorage.setItem("reviewer", reviewer);
+  try {
+    if (onDisk === null) sessionStorage.setItem("reviewer", reviewer);
+    else localStorage.setItem("lvlmva reviewer", reviewer);
+  } catch {
+    // asked again next time
+  }
   $("who").textContent = `Reviewer: ${reviewer}`;
+  for (const id of ["who", "counter", "progress"]) $(id).hidden = false;
   refilter();
-  const asked = Number(location.hash.slice(1)) - 1;
-  const first = queue.find((n) => !reviewed(n)) ?? queue[0] ?? 0;
-  await show(Number.isInteger(asked) && page.samples[asked] ? asked : first);
+}
+
+// Whoever only looks needs no name; whoever judges does.
+function withName(then) {
+  if (reviewer !== "") return then();
+  afterName = then;
+  say("who-error", "");
+  $("who-box").showModal();
+  return undefined;
 }
 
 async function reload() {
-  take(await ask(`api/verdicts?reviewer=${encodeURIComponent(reviewer)}`));
+  take(await source.verdicts(reviewer));
 }
 
 function take(said) {
@@ -87,17 +185,28 @@ function take(said) {
 function refilter() {
   const filter = FILTERS[$("show").value];
   const name = $("class").value;
+  const group = $("group").value;
   queue = page.samples
     .map((_, n) => n)
-    .filter((n) => filter(n) && (name === "" || page.samples[n].class === name) && (found === null || found.has(n)))
+    .filter((n) => filter(n) && (name === "" || page.samples[n].class === name) && (group === "" || page.samples[n].group === group))
+    .filter((n) => (found === null || found.has(n)) && (members === null || members.has(n)))
     .sort((a, b) => ORDERS[$("order").value](page.samples[a], page.samples[b]) || a - b);
   showQueue();
+  if (!$("report").hidden) gallery.show(queue);
+}
+
+// Only the samples of a pattern, or all again.
+function only(places, words) {
+  members = places;
+  $("of-pattern").hidden = places === null;
+  $("of-pattern").firstElementChild.textContent = words ?? "";
+  refilter();
 }
 
 function showQueue() {
   const items = queue.map((n) => {
     const sample = page.samples[n];
-    const done = onDisk(n);
+    const done = keptAll(n);
     const button = element(
       "button",
       { type: "button", "aria-current": n === place ? "true" : null, onclick: () => show(n) },
@@ -114,16 +223,25 @@ function showQueue() {
 }
 
 function count() {
-  const done = page.samples.filter((_, n) => onDisk(n)).length;
+  const done = page.samples.filter((_, n) => keptAll(n)).length;
+  if (onDisk !== null) showDownloads();
   $("counter").textContent = `${done} of ${page.samples.length} reviewed`;
   $("progress").max = page.samples.length;
   $("progress").value = done;
 }
 
+function showDownloads() {
+  const said = reviewer === "" ? 0 : onDisk.count(reviewer);
+  $("download").hidden = said === 0;
+  $("download").textContent = `Download my ${mine.size} verdicts (CSV)`;
+  $("download-names").hidden = onDisk.named() === 0;
+  say("kept", onDisk.keeps() ? "" : "This browser keeps nothing of a page from the disk: download your verdicts before you close it.");
+}
+
 function mark(n) {
   const sign = $("list").querySelector(`[data-place="${n}"] button`);
   if (sign === null) return;
-  const done = onDisk(n);
+  const done = keptAll(n);
   sign.firstChild.className = done ? "done" : "open";
   sign.firstChild.textContent = done ? "✓" : "○";
   sign.lastChild.textContent = done ? "reviewed" : "not reviewed";
@@ -137,6 +255,7 @@ async function show(n, region = null) {
   history.replaceState(null, "", `#${n + 1}`);
   $("name").textContent = sample.id;
   $("class-name").textContent = `class ${sample.class}`;
+  $("facts").textContent = factsOf(sample);
   const at = queue.indexOf(n);
   $("place").textContent = at < 0 ? "" : `${at + 1} of ${queue.length}`;
   $("critique").textContent = "";
@@ -148,10 +267,10 @@ async function show(n, region = null) {
   figures = [];
   draw();
   try {
-    const [map, said] = await Promise.all([labels.get(n) ?? ask(`api/samples/${n}/labels`), ask(`api/samples/${n}/critique`)]);
+    const [map, said] = await Promise.all([labels.get(n) ?? source.labels(n), source.critique(n)]);
     labels.set(n, map);
     if (place !== n) return; // somebody was faster
-    $("critique").textContent = said.critique;
+    $("critique").textContent = said;
     drawPictures(n, map);
     draw();
   } catch (error) {
@@ -159,25 +278,42 @@ async function show(n, region = null) {
   }
 }
 
+function factsOf({ entropy, group, masked_share: now, masked_by_critic: before, left_out: why, differs }) {
+  const facts = [`entropy ${entropy.toPrecision(2)} nats`];
+  if (group !== null) facts.push(`group ${group}`);
+  if (why) facts.push(`left out of the alignment: ${why}`);
+  if (now !== null) facts.push(`${percent(now)} of the positive attribution masked`);
+  if (now !== null && before !== null && percent(now) !== percent(before)) facts.push(`${percent(before)} by the critic alone`);
+  if (differs) facts.push("verdicts differ from the true mask");
+  return facts.join(" · ");
+}
+
 function drawPictures(n, map) {
   const { height, width } = page;
-  const shapes = shapesOf(map, height, width, page.samples[n].regions);
-  figures = Object.entries(PICTURES).map(([kind, caption]) =>
-    figure({ url: `api/samples/${n}/${kind}.png`, caption, labels: map, shapes, height, width, choose }),
-  );
-  $("pictures").replaceChildren(...figures.map(({ node }) => node));
+  const { regions, after } = page.samples[n];
+  const shapes = shapesOf(map, height, width, regions);
+  const of = ({ kind, caption, paint }) =>
+    figure({ url: kind && source.picture(n, kind), caption, paint, labels: map, shapes, regions, height, width, choose });
+  const top = PICTURES.map(of);
+  const more = MORE.filter(({ kind }) => kind !== "after" || after).map(of);
+  figures = [...top, ...more];
+  $("pictures").replaceChildren(...top.map(({ node }) => node));
+  $("more").replaceChildren(...more.map(({ node }) => node));
+  if (!after) $("more").append(element("p", { class: "soft" }, "This sample was not explained after alignment (explain.gallery_samples)."));
 }
 
 function draw() {
   const sample = page.samples[place];
   const focused = $("regions").contains(document.activeElement) ? document.activeElement.getAttribute("aria-label") : null;
   if (figures.length === 0) {
-    const waiting = Object.values(PICTURES).map((caption) =>
-      element("figure", {}, element("div", { class: "waiting" }), element("figcaption", {}, caption)),
-    );
-    $("pictures").replaceChildren(...waiting);
+    const waiting = ({ caption }) => element("figure", {}, element("div", { class: "waiting" }), element("figcaption", {}, caption));
+    $("pictures").replaceChildren(...PICTURES.map(waiting));
+    $("more").replaceChildren();
   }
-  for (const { update } of figures) update(chosen, (region) => MARKS[verdictOf(place, region)?.verdict] ?? "");
+  const masked = new Set(rejectedOf(place));
+  for (const { update } of figures) {
+    update(chosen, (region) => MARKS[verdictOf(place, region)?.verdict] ?? "", (region) => masked.has(region));
+  }
   $("regions").replaceChildren(...sample.regions.map((each) => row(each)));
   if (sample.regions.length === 0) $("regions").append(element("li", {}, "No region: the model has no positive attribution here."));
   const again = [...$("regions").querySelectorAll("button")].find((each) => each.getAttribute("aria-label") === focused);
@@ -192,17 +328,17 @@ function saidByCritic({ verdict, asked, certainty }) {
   return `critic: ${verdict}${certainty === null ? "" : ` (${Math.round(100 * certainty)} %)`}`;
 }
 
-function row({ region, colour, rgb, share, reliance, verdict, asked, certainty }) {
+function row({ region, colour, rgb, share, reliance, verdict, asked, certainty, given }) {
   const said = verdictOf(place, region);
   const swatch = element("span", { class: "swatch", "aria-hidden": true }, `${region + 1}`);
   swatch.style.backgroundColor = `rgb(${rgb.join(",")})`;
   swatch.style.color = rgb[0] * 0.299 + rgb[1] * 0.587 + rgb[2] * 0.114 > 140 ? "#000" : "#fff";
   const bar = element("span", { class: "share", "aria-hidden": true }, element("span"));
   bar.firstChild.style.width = `${100 * share}%`;
-  const percent = (value) => `${Math.round(100 * value)} %`;
   const facts = [`π ${percent(share)} of the positive attribution`];
   if (reliance !== null) facts.push(`reliance ${reliance.toFixed(2)}`);
-  const critic = saidByCritic({ verdict, asked, certainty });
+  const critic = [saidByCritic({ verdict, asked, certainty })];
+  if (given !== null) critic.push(`; ${given.by.join(", ")}: ${given.verdict}`);
   const buttons = Object.entries(WORDS).map(([value, word]) =>
     element(
       "button",
@@ -230,13 +366,13 @@ function row({ region, colour, rgb, share, reliance, verdict, asked, certainty }
     swatch,
     element("span", { class: "colour" }, colour),
   );
-  const state = said === undefined ? "" : said.saved ? `saved${said.note ? `: ${said.note}` : ""}` : "saving …";
+  const state = said === undefined ? "" : said.saved ? `${source.kept}${said.note ? `: ${said.note}` : ""}` : "saving …";
   return element(
     "li",
     { class: region === chosen ? "region chosen" : "region", "data-region": region, onclick: () => choose(region) },
     choice,
     element("span", { class: "facts" }, bar, element("span", { class: "soft" }, facts.join(", "))),
-    element("span", { class: `critic ${verdict ?? "none"}` }, critic),
+    element("span", { class: `critic ${verdict ?? "none"}` }, ...critic),
     element("span", { class: "verdicts", role: "group", "aria-label": `verdict on region ${region + 1}` }, ...buttons),
     element("span", { class: "state soft", dir: "auto" }, state),
   );
@@ -249,7 +385,10 @@ function choose(region) {
 
 // Shown at once, sent in turn; what could not be written is taken back and said.
 function give(region, verdict, advance = true) {
-  const sample = place;
+  return withName(() => giveOf(place, region, verdict, advance));
+}
+
+function giveOf(sample, region, verdict, advance) {
   const body = { reviewer, place: sample, region, verdict, note: $("note").value };
   $("note").value = "";
   const before = verdictOf(sample, region);
@@ -257,11 +396,11 @@ function give(region, verdict, advance = true) {
   mine.set(key(sample, region), sent);
   writing = writing.then(async () => {
     try {
-      const event = await ask("api/verdicts", body);
+      const event = await source.give(body);
       // a later verdict on the same region may be under way
       if (mine.get(key(sample, region)) === sent) mine.set(key(sample, region), { ...event, saved: true });
       say("error", "");
-      $("status").textContent = `${WORDS[verdict]} for region ${region + 1} is saved`;
+      $("status").textContent = `${WORDS[verdict]} for region ${region + 1} is ${source.kept}`;
     } catch (error) {
       if (mine.get(key(sample, region)) === sent) {
         if (before === undefined) mine.delete(key(sample, region));
@@ -272,10 +411,38 @@ function give(region, verdict, advance = true) {
     }
     mark(sample);
     count();
-    draw();
+    if (place === sample) draw();
   });
   if (advance) onward(sample, region);
   return writing;
+}
+
+// One verdict on all regions of a pattern that were not judged yet.
+function giveAll(regions, verdict, name) {
+  return withName(async () => {
+    const open = regions.filter(([sample, region]) => !verdictOf(sample, region));
+    for (const [sample, region] of open) giveOf(sample, region, verdict, false);
+    await writing;
+    gallery.refresh();
+    const rest = regions.length - open.length;
+    $("status").textContent = `${WORDS[verdict]} for ${open.length} regions of “${name}”${rest ? `; ${rest} had a verdict of yours` : ""}`;
+    say("done", $("status").textContent);
+  });
+}
+
+function rename(pattern, name) {
+  return withName(async () => {
+    try {
+      const { name: kept } = await source.rename(reviewer, pattern, name);
+      say("error", "");
+      count();
+      $("status").textContent = `the pattern is called “${kept}”`;
+      return kept;
+    } catch (error) {
+      fail(error);
+      return null;
+    }
+  });
 }
 
 function onward(sample, region) {
@@ -303,7 +470,7 @@ function undo() {
     const last = [...mine.values()].reduce((a, b) => (b.saved && b.order > (a?.order ?? 0) ? b : a), undefined);
     if (last === undefined) return;
     try {
-      const undone = await ask("api/undo", { reviewer, order: last.order });
+      const undone = await source.undo(reviewer, last.order);
       take(undone);
       say("error", "");
       $("status").textContent = `the verdict on region ${undone.region + 1} is undone`;
@@ -320,9 +487,11 @@ function undo() {
 }
 
 function accept() {
-  for (const { region, verdict } of openRegions(place)) if (verdict !== null) give(region, verdict, false);
-  if (reviewed(place)) move(1);
-  else draw();
+  withName(() => {
+    for (const { region, verdict } of openRegions(place)) if (verdict !== null) giveOf(place, region, verdict, false);
+    if (reviewed(place)) move(1);
+    else draw();
+  });
 }
 
 function fail(error) {
@@ -330,15 +499,27 @@ function fail(error) {
 }
 
 function bind() {
-  for (const id of ["show", "class", "order"]) $(id).addEventListener("change", () => (refilter(), show(queue.includes(place) ? place : (queue[0] ?? place))));
+  const showFirst = () => $("review").hidden || show(queue.includes(place) ? place : (queue[0] ?? place));
+  for (const id of ["show", "class", "group", "order"]) $(id).addEventListener("change", () => (refilter(), showFirst()));
+  $("no-pattern").addEventListener("click", () => (only(null), showFirst()));
+  $("reset").addEventListener("click", () => {
+    for (const id of ["show", "class", "group"]) $(id).selectedIndex = 0;
+    $("words").value = "";
+    found = null;
+    only(null);
+  });
+  $("switch").addEventListener("click", toggleView);
+  $("download").addEventListener("click", () => onDisk.download(reviewer));
+  $("download-names").addEventListener("click", () => withName(() => onDisk.downloadNames(reviewer)));
+  $("who-not").addEventListener("click", () => ((afterName = null), $("who-box").close()));
   let timer;
   $("words").addEventListener("input", () => {
     clearTimeout(timer);
     timer = setTimeout(async () => {
       const words = $("words").value;
-      found = words.trim() === "" ? null : new Set(await ask(`api/found?words=${encodeURIComponent(words)}`).catch((error) => (fail(error), [])));
+      found = words.trim() === "" ? null : new Set(await source.withWords(words).catch((error) => (fail(error), [])));
       refilter();
-      if (queue.length && !queue.includes(place)) show(queue[0]);
+      if (queue.length && !queue.includes(place)) showFirst();
     }, 200);
   });
   $("previous").addEventListener("click", () => move(-1));
@@ -350,15 +531,23 @@ function bind() {
   $("who").addEventListener("click", () => (say("who-error", ""), $("who-box").showModal()));
   const enter = async () => {
     try {
-      await begin($("who-name").value.trim());
+      await begin($("who-name").value.trim().normalize("NFC"));
       $("who-box").close();
+      const then = afterName;
+      afterName = null;
+      if (then !== null) await then();
+      else if (!$("review").hidden) await openHash();
     } catch (error) {
       say("who-error", error.message);
     }
   };
   $("who-start").addEventListener("click", enter);
-  $("who-name").addEventListener("keydown", (event) => event.key === "Enter" && enter());
-  $("who-box").addEventListener("cancel", (event) => reviewer === "" && event.preventDefault());
+  $("who-name").addEventListener("keydown", (event) => {
+    if (event.key !== "Enter") return;
+    event.preventDefault(); // else the same key presses the button that the focus returns to
+    enter();
+  });
+  $("who-box").addEventListener("cancel", () => (afterName = null));
   // another tab of the same reviewer may have gone on
   document.addEventListener("visibilitychange", () => {
     if (document.visibilityState === "visible" && reviewer !== "") {
@@ -377,8 +566,16 @@ const KEYS = {
   k: () => move(-1),
   z: undo,
   a: accept,
-  "?": () => $("help-box").showModal(),
 };
+const EVERYWHERE = {
+  "?": () => $("help-box").showModal(),
+  r: toggleView,
+};
+
+function toggleView() {
+  if (!$("review").hidden) return turnTo("report");
+  return turnTo("review", openHash);
+}
 
 function onKey(event) {
   if (event.ctrlKey || event.metaKey || event.altKey || !$("keys").checked || document.querySelector("dialog[open]")) return;
@@ -386,12 +583,20 @@ function onKey(event) {
     if (event.key === "Escape") event.target.blur();
     return;
   }
-  const region = "123456789".indexOf(event.key);
-  if (region >= 0 && event.key.length === 1) {
-    if (page.samples[place].regions.some((each) => each.region === region)) choose(region);
-  } else if (KEYS[event.key.toLowerCase()] && reviewer !== "") {
+  const name = event.key.toLowerCase();
+  if (EVERYWHERE[name]) {
     event.preventDefault();
-    KEYS[event.key.toLowerCase()]();
+    EVERYWHERE[name]();
+  } else if ($("review").hidden) {
+    return; // the other keys are for the sample that is shown
+  } else if (event.key === "Escape") {
+    turnTo("report");
+  } else if ("123456789".includes(event.key)) {
+    const region = Number(event.key) - 1;
+    if (page.samples[place].regions.some((each) => each.region === region)) choose(region);
+  } else if (KEYS[name]) {
+    event.preventDefault();
+    KEYS[name]();
   }
 }
 

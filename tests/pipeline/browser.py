@@ -7,12 +7,14 @@ import pytest
 
 from tests.pipeline.review import ReviewServer
 
+SLOW_MS = 120_000  # a machine that others use as well
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def watched(browser: Any, server: ReviewServer, **context: Any) -> tuple[Any, list[str]]:
     """A new page, and what it complains of: console, exceptions, dialogs, requests elsewhere."""
     page = browser.new_context(**context).new_page()
+    page.set_default_timeout(SLOW_MS)
     complaints: list[str] = []
     page.on("console", lambda message: message.type in ("error", "warning") and complaints.append(message.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))

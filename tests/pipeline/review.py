@@ -14,11 +14,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from lvlmva.page import FOLDER
 from lvlmva_core.arrays import write_arrays, write_table
 from lvlmva_core.lvlm.records import CritiqueRow, NotAsked, Region, Verdict, VerdictRow, write_rows
-from lvlmva_core.overrides import Event, read_events
+from lvlmva_core.overrides import Event, read_events, read_reviews, resolve
 from lvlmva_core.regions import regions_present, segmentation_digest
 from lvlmva_core.render import COLOUR_NAMES
+from lvlmva_core.report.changes import change_tables
+from lvlmva_core.report.findings import page_data
+from lvlmva_core.report.gallery import Gallery, read_gallery, with_masks
+from lvlmva_core.report.page import Page, render_page
+from lvlmva_core.report.patterns_shown import cards, pattern_data
+from lvlmva_core.report.thumbnails import thumbnails
+from lvlmva_core.samples import read_images
+from stages.mask import mask
 
 ROOT = Path(__file__).parents[2]
 COUNT, SIDE = 6, 20
@@ -169,3 +178,35 @@ class ReviewServer:
         self.process.send_signal(how)
         _, said = self.process.communicate(timeout=30)
         return said
+
+
+def write_report(folder: Path) -> tuple[Path, Gallery]:
+    """The project's report as one file, without what is measured after alignment; the stage `mask` runs before it."""
+    data = folder / "data"
+    mask(
+        folder / "params.yaml",
+        data / "segments.zarr",
+        data / "verdicts.jsonl",
+        folder / "overrides",
+        data / "masks.zarr",
+        folder / "mask.json",
+    )
+    names = ("images.zarr", "samples.parquet", "segments.zarr", "attributions.zarr", "alignment_set.parquet")
+    paths = [data / name for name in (*names, "reliance.zarr", "critiques.jsonl", "verdicts.jsonl")]
+    said = resolve(read_reviews(folder / "overrides").events)
+    gallery = with_masks(read_gallery(*paths), data / "masks.zarr", said[0])
+    images = read_images(data / "images.zarr", gallery.rows)
+    patterns, rare = gallery.patterns(images)
+    kept, encoded = thumbnails(gallery, range(COUNT), images, {"s1": -gallery.attributions[1]}, 10**6)
+    page = Page(
+        title="LVLM-VA on <b>these</b>",
+        warning="No vision-language model was asked.",
+        patterns=cards(gallery, patterns, images),
+        rare=rare,
+        tables=change_tables(gallery, *said),
+        params=NASTY,
+    )
+    path = folder / "report.html"
+    data_of_page = page_data(gallery, kept, encoded, pattern_data(gallery, patterns))
+    path.write_text(render_page(page, FOLDER, data_of_page), encoding="utf-8")
+    return path, gallery

@@ -72,7 +72,7 @@ def test_only_the_page_itself_writes(server: ReviewServer) -> None:
         {"Origin": f"http://localhost:{server.port}"},
         {"Origin": f"http://127.0.0.1:{server.port + 1}"},
     ):
-        for path in ("/api/verdicts", "/api/undo"):
+        for path in ("/api/verdicts", "/api/undo", "/api/names"):
             assert server.ask("POST", path, content, {**kind, **refused}).status == 403, refused
     form = {"Sec-Fetch-Site": "same-origin", "Content-Type": "application/x-www-form-urlencoded"}
     assert server.ask("POST", "/api/verdicts", content, form).status == 415
@@ -122,6 +122,8 @@ def test_no_path_leads_out_of_the_page(server: ReviewServer) -> None:
         "/api/samples/-1/image.png",
         "/api/samples/6/image.png",
         "/api/samples/0/mask.png",
+        "/api/samples/0/after.png",  # nothing was aligned yet
+        "/index.html",
         "/api/samples/99999999999999999999/labels",
     ):
         answer = server.get(path)
@@ -145,7 +147,7 @@ def test_what_a_model_wrote_is_data_and_the_page_runs_nothing_inline(server: Rev
     html = page.body.decode()
     assert re.findall(r"<script(?![^>]* src=)", html) == []
     assert re.findall(r"\s(on\w+|style)=", html) == []
-    for script in ("dom.js", "picture.js", "review.js"):
+    for script in ("dom.js", "disk.js", "gallery.js", "patterns.js", "picture.js", "review.js", "server.js"):
         found = server.get(f"/{script}")
         assert found.headers["content-type"].startswith("text/javascript")
         assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b", found.body.decode())
@@ -169,11 +171,33 @@ def test_the_page_is_told_what_the_stages_wrote(server: ReviewServer) -> None:
             assert region["verdict"] == ("no" if region["region"] == 2 else "yes")
             assert region["asked"] == ((n, region["region"]) != (COUNT - 1, 1))
         assert server.get(f"/api/samples/{n}/labels").body == segments[n].tobytes()
-    for kind in ("image", "attribution", "overlay"):
+    for kind in ("image", "before"):
         answer = server.get(f"/api/samples/0/{kind}.png")
         assert (answer.headers["content-type"], answer.body[:8]) == ("image/png", b"\x89PNG\r\n\x1a\n")
     assert server.get("/api/found?words=CORNER+sample").json() == [1, 2, 3, 4, 5]
     assert server.get("/api/found?words=s0+%3Cscript").json() == [0]
+
+
+def test_patterns_are_told_and_keep_the_names_that_a_reviewer_gives(server: ReviewServer) -> None:
+    (pattern,) = server.get("/api/page").json()["patterns"]
+    assert pattern["members"] == [[n, 2] for n in range(COUNT)]  # what the critic rejected
+    answer = server.post("/api/names", {"reviewer": "nora", "pattern": 0, "name": " the <b>right</b>\n edge "})
+    assert (answer.status, answer.json()) == (201, {"name": "the <b>right</b> edge"})
+    (renamed,) = server.get("/api/page").json()["patterns"]
+    assert renamed == {**pattern, "name": "the <b>right</b> edge"}
+    assert b'value="the &lt;b&gt;right&lt;/b&gt; edge"' in server.get("/").body
+    for change, status, words in (
+        ({"pattern": 1}, 404, "there are 1 patterns"),
+        ({"name": ""}, 409, "has 0 characters"),
+        ({"reviewer": "../nora"}, 409, "expected a name"),
+    ):
+        refused = server.post("/api/names", {"reviewer": "nora", "pattern": 0, "name": "x", **change})
+        assert refused.status == status
+        assert words in refused.json()["error"]
+    kept = (server.folder / "overrides/patterns/nora.csv").read_text().splitlines()
+    anchor = renamed["anchor"]
+    assert kept[1:] == [f"{anchor['sample']},{anchor['segmentation']},2,the <b>right</b> edge,nora"]
+    assert server.events("nora") == []
 
 
 def test_two_tabs_and_two_reviewers_write_at_once_and_lose_nothing(server: ReviewServer) -> None:

@@ -40,7 +40,7 @@ def test_verdicts_by_mouse_and_by_key_reach_the_file_and_outlive_the_server(brow
     # what the critic wrote is text, all of it
     page.locator("#critique").get_by_text("a long word").wait_for()
     assert page.evaluate("document.getElementById('critique').textContent") == LONG
-    assert page.title() == "LVLM-VA: review"
+    assert page.title() == "LVLM-VA on these pictures: review"
     assert page.locator("#critique").locator("*").count() == 0
 
     # by mouse: region 2 is clicked in the picture, at the right edge, and then its button

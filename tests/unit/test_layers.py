@@ -32,6 +32,8 @@ LAYERS = [
     ["metrics", "diffuse"],
     ["alignment", "baselines"],
     ["outputs", "evaluation", "classifier_check", "export", "audit"],
+    ["patterns"],
+    ["pattern_names"],
     ["corrections", "proposal"],
     ["comparison"],
     ["methods"],
