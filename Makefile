@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 REAL := .real-servers
+MANYLINUX := $(foreach tag,_2_28 _2_27 _2_17 2014 1,--platform manylinux$(tag)_x86_64)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test api tour lock real-servers
+.PHONY: help setup demo test api tour lock real-servers gpu gpu-wheels
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -52,3 +53,16 @@ $(REAL)/.ready: tests/real_servers/requirements.txt tests/real_servers/weights.p
 	touch $@
 
 real-servers: $(REAL)/.ready ## build llama.cpp's server and write a model for it into .real-servers, for the tests marked real_server
+
+gpu: $(STAMP) ## measure everything that waits for a GPU into build/gpu (docs/gpu.md)
+	$(BIN)/python -m benchmarks.gpu --out build/gpu
+
+# For a machine without a network: Python 3.12 on x86-64 Linux. Each group has a folder, so that one can be left behind.
+gpu-wheels: benchmarks/gpu_wheels.txt ## download what docs/gpu.md carries to a machine without a network into .gpu-wheels
+	rm -rf .gpu-wheels
+	for group in base captum pyarrow; do \
+		sed -n "/^# group: $$group$$/,/^# group:/p" benchmarks/gpu_wheels.txt | $(PYTHON) -m pip download --quiet --no-deps \
+			--only-binary=:all: --python-version 3.12 --implementation cp $(MANYLINUX) --dest .gpu-wheels/$$group \
+			--requirement /dev/stdin || exit 1; \
+	done
+	du -sh .gpu-wheels/*

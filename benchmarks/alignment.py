@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,10 +47,11 @@ Run = tuple[dict[str, Tensor], float, float]  # weights; means of cross-entropy 
 
 
 class Case(NamedTuple):
-    """masked: alignment samples in a batch. frozen: whether BatchNorm moves in training."""
+    """masked: alignment samples in a batch. frozen: whether BatchNorm stays as it is. precision: of the steps."""
 
     masked: int = 8
     frozen: bool = False
+    precision: Literal["float32", "bfloat16"] = "float32"
 
 
 def digits(steps: int, device: torch.device) -> tuple[str, Work]:
@@ -68,12 +69,12 @@ def digits(steps: int, device: torch.device) -> tuple[str, Work]:
     return name, {key: tensor.to(device) for key, tensor in work.items()}
 
 
-def pictures(steps: int, device: torch.device) -> Work:
-    """Noise of 3x64x64 pixels in two classes, with random masks."""
+def pictures(steps: int, device: torch.device, side: int = 64) -> Work:
+    """Noise of 3 x side x side pixels in two classes, with random masks."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(steps * TRAINING) % 2
-    images = 0.5 * torch.rand((len(labels), 3, 64, 64), generator=generator) + 0.3 * labels[:, None, None, None]
-    work = {"images": images, "labels": labels, "masks": torch.rand((128, 64, 64), generator=generator) < 0.3}
+    images = 0.5 * torch.rand((len(labels), 3, side, side), generator=generator) + 0.3 * labels[:, None, None, None]
+    work = {"images": images, "labels": labels, "masks": torch.rand((128, side, side), generator=generator) < 0.3}
     return {key: tensor.to(device) for key, tensor in work.items()}
 
 
@@ -94,6 +95,7 @@ def ours(case: Case, model: nn.Module, work: Work, runs: list[tuple[float, int]]
             alignment_batch=case.masked,
             training_batch=TRAINING,
             batch_norm="frozen" if case.frozen else "train",
+            precision=case.precision,
         ),
         runs=runs,
     )
@@ -110,17 +112,33 @@ def plain(case: Case, model: nn.Module, work: Work, runs: list[tuple[float, int]
     return [_plain_run(case, copy.deepcopy(model), work, *run) for run in runs]
 
 
-def _plain_run(case: Case, model: nn.Module, work: Work, rrr_lambda: float, seed: int) -> Run:
+def plain_resident(case: Case, model: nn.Module, work: Work, runs: list[tuple[float, int]]) -> list[Run]:
+    """The same with batches picked on the device, where all samples lie."""
+    return [_plain_run(case, copy.deepcopy(model), work, *run, resident=True) for run in runs]
+
+
+def _plain_run(
+    case: Case, model: nn.Module, work: Work, rrr_lambda: float, seed: int, *, resident: bool = False
+) -> Run:
     n, device = len(work["masks"]), work["images"].device
     size = case.masked + TRAINING
     cpu = {key: tensor.cpu() for key, tensor in work.items()}
     training = TensorDataset(cpu["images"], cpu["labels"])
     masked = TensorDataset(cpu["images"][:n], cpu["labels"][:n], cpu["masks"])
     draws = _lists(len(training), TRAINING, 2 * seed), _lists(n, case.masked, 2 * seed + 1)
-    loaders = DataLoader(training, batch_sampler=draws[0]), iter(DataLoader(masked, batch_sampler=draws[1]))
+    loaders: tuple[Any, Any] = (
+        DataLoader(training, batch_sampler=draws[0]),
+        iter(DataLoader(masked, batch_sampler=draws[1])),
+    )
+    if resident:
+        loaders = (
+            ((work["images"][rows], work["labels"][rows]) for rows in draws[0]),
+            ((work["images"][rows], work["labels"][rows], work["masks"][rows]) for rows in draws[1]),
+        )
     optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
     steps = math.ceil(len(training) / TRAINING)
     totals = [0.0, 0.0]
+    mixed = torch.autocast(device.type, torch.bfloat16, enabled=case.precision == "bfloat16")
     for _, (images, labels) in zip(range(steps), loaders[0], strict=False):
         images, labels = images.to(device), labels.to(device)
         masked_images, masked_labels, masks = (tensor.to(device) for tensor in next(loaders[1]))
@@ -128,13 +146,14 @@ def _plain_run(case: Case, model: nn.Module, work: Work, rrr_lambda: float, seed
         for module in model.modules() if case.frozen else ():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
-        logits = model(torch.cat([masked_images, images]))
-        cross_entropy = functional.cross_entropy(logits, torch.cat([masked_labels, labels]), reduction="sum") / size
-        model.eval()
-        pixels = masked_images.requires_grad_(True)
-        log_p = functional.log_softmax(model(pixels), dim=1)
-        (gradient,) = torch.autograd.grad(log_p.sum(), pixels, create_graph=True)
-        penalty = (gradient * masks[:, None]).square().sum() / size
+        with mixed:
+            logits = model(torch.cat([masked_images, images]))
+            cross_entropy = functional.cross_entropy(logits, torch.cat([masked_labels, labels]), reduction="sum") / size
+            model.eval()
+            pixels = masked_images.requires_grad_(True)
+            log_p = functional.log_softmax(model(pixels), dim=1)
+            (gradient,) = torch.autograd.grad(log_p.sum(), pixels, create_graph=True)
+            penalty = (gradient * masks[:, None]).square().sum() / size
         optimizer.zero_grad()
         (cross_entropy + rrr_lambda * penalty).backward()
         optimizer.step()
@@ -177,6 +196,24 @@ def _as_python_starts(threads: int) -> None:
     torch.set_flush_denormal(True)
 
 
+def timed_there(
+    way: Callable[..., list[Run]],
+    case: Case,
+    model: nn.Module,
+    work: Work,
+    runs: list[tuple[float, int]],
+    device: torch.device,
+) -> Timed:
+    """A way on a device, given and giving back what is on the processor: that crosses to another process."""
+    there = {key: tensor.to(device) for key, tensor in work.items()}
+    return _on_cpu(timed(functools.partial(way, case), model.to(device), there, runs))
+
+
+def _on_cpu(found: Timed) -> Timed:
+    runs = [({name: tensor.cpu() for name, tensor in weights.items()}, *losses) for weights, *losses in found.runs]
+    return found._replace(runs=runs)
+
+
 def deviations(found: list[Run], expected: list[Run], start: dict[str, Tensor]) -> tuple[float, float]:
     """Largest difference between two sets of runs: of a tensor's weights, in norm, relative to the way they went from
     `start`; of a loss, relative."""
@@ -191,17 +228,51 @@ def deviations(found: list[Run], expected: list[Run], start: dict[str, Tensor]) 
     return weights, losses
 
 
-def rows(
+class Way(NamedTuple):
+    """What a way of training took, beside the plain loop: medians over rounds, and the least and most times faster."""
+
+    name: str
+    ms: float
+    times: float
+    least: float
+    most: float
+    busy: float
+    weights: float
+    losses: float
+
+    def line(self) -> str:
+        """A row of the page."""
+        return (
+            f"| {self.name} | {self.ms:.2f} | {self.times:.1f} ({self.least:.1f} to {self.most:.1f}) "
+            f"| {self.busy:.2f} | {self.weights:.1e} | {self.losses:.1e} |"
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """The same by the names of the page's columns."""
+        return {
+            "way": self.name,
+            "ms per step and model": self.ms,
+            "times faster": self.times,
+            "least": self.least,
+            "most": self.most,
+            "weights": self.weights,
+            "losses": self.losses,
+        }
+
+
+def measured(
     case: Case, model: nn.Module, work: Work, runs: list[tuple[float, int]], rounds: int, together: bool
-) -> list[str]:
-    """Lines of a table; the plain loop is what the others are compared with.
+) -> list[Way]:
+    """Every way, the plain loop first, with which the others are compared.
 
     together: whether several runs at a time differ from one after the other.
     """
+    device = work["images"].device
     ways: dict[str, Callable[..., list[Run]]] = {"plain loop": plain}
+    ways |= {"plain loop, data on the device": plain_resident} if device.type != "cpu" else {}
     ways |= {"ours, one at a time": one_by_one} if together else {}
     ways["ours, all in one call"] = ours
-    start = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    start = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
     steps = math.ceil(len(work["images"]) / TRAINING) * len(runs)
     little = {**work, "images": work["images"][: 4 * TRAINING], "labels": work["labels"][: 4 * TRAINING]}
     found: dict[str, list[Timed]] = {name: [] for name in ways}
@@ -210,22 +281,45 @@ def rows(
     ) as elsewhere:
         for number in range(rounds + 1):  # in turn; what happens once (allocations, thread pools) is in the first
             for name, way in ways.items():
-                call = functools.partial(timed, functools.partial(way, case), model)
-                call = functools.partial(call, *((work, runs) if number else (little, runs[:2])))
-                found[name].append(elsewhere.submit(call).result() if way is plain else call())
+                now, some = (work, runs) if number else (little, runs[:2])
+                if way in (plain, plain_resident):
+                    sent = copy.deepcopy(model).cpu(), {key: tensor.cpu() for key, tensor in now.items()}
+                    found[name].append(elsewhere.submit(timed_there, way, case, *sent, some, device).result())
+                else:
+                    found[name].append(_on_cpu(timed(functools.partial(way, case), model, now, some)))
     lines = []
     base = found["plain loop"][1:]
     for name, (_, *own) in found.items():
         ratios = [theirs.wall / mine.wall for theirs, mine in zip(base, own, strict=True)]
         busy = [theirs.busy / mine.busy for theirs, mine in zip(base, own, strict=True)]
         wall = statistics.median(mine.wall for mine in own) / steps * 1e3
-        weights, losses = deviations(own[-1].runs, base[-1].runs, start)
-        lines.append(
-            f"| {name} | {wall:.2f} | {statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f}) "
-            f"| {statistics.median(busy):.2f} | {weights:.1e} | {losses:.1e} |"
-        )
-        sys.stderr.write(lines[-1] + "\n")
+        apart = deviations(own[-1].runs, base[-1].runs, start)
+        middle = statistics.median(ratios), min(ratios), max(ratios), statistics.median(busy)
+        lines.append(Way(name, wall, *middle, *apart))
+        sys.stderr.write(lines[-1].line() + "\n")
     return lines
+
+
+def rows(
+    case: Case, model: nn.Module, work: Work, runs: list[tuple[float, int]], rounds: int, together: bool
+) -> list[str]:
+    """Lines of a table."""
+    return [way.line() for way in measured(case, model, work, runs, rounds, together)]
+
+
+def trained_mlp(work: Work) -> nn.Module:
+    """An MLP 784-256-10 after two epochs, on the device of `work`."""
+    mlp = build_model(ModelSpec("mlp", 1, 28, 28, 10, 256), seed=0).to(work["images"].device)
+    train_classifier(
+        mlp,
+        Split(work["images"], work["labels"]),
+        Split(work["images"][:1], work["labels"][:1]),
+        learning_rate=1e-3,
+        batch_size=TRAINING,
+        epochs=2,
+        seed=0,
+    )
+    return mlp
 
 
 HEAD = [
@@ -248,16 +342,7 @@ def main() -> None:
     device = set_up_compute(arguments.device, arguments.threads)
 
     name, work = digits(arguments.steps, device)
-    mlp = build_model(ModelSpec("mlp", 1, 28, 28, 10, 256), seed=0).to(device)
-    train_classifier(
-        mlp,
-        Split(work["images"], work["labels"]),
-        Split(work["images"][:1], work["labels"][:1]),
-        learning_rate=1e-3,
-        batch_size=TRAINING,
-        epochs=2,
-        seed=0,
-    )
+    mlp = trained_mlp(work)
     runs = [(rrr_lambda, seed) for rrr_lambda in LAMBDAS for seed in SEEDS]
     mlp_rows = rows(Case(), mlp, work, runs, arguments.rounds, together=True)
     resnet = build_model(ModelSpec("small_resnet", 3, 64, 64, 2, 16), seed=0).to(device)

@@ -33,9 +33,10 @@ from lvlmva_core.attribution.tape import record
 
 IMAGES = 16  # that share the baselines' activations in our row, as in stage attribute
 CLASS = 3
+SIDE = 224
 
 
-def network(device: torch.device) -> nn.Module:
+def network(device: torch.device, side: int = SIDE) -> nn.Module:
     """ResNet50 with drawn weights, and BatchNorm statistics of noise images, so that activations keep their sizes."""
     torch.manual_seed(0)
     model = torchvision.models.resnet50(weights=None, num_classes=10)
@@ -43,14 +44,14 @@ def network(device: torch.device) -> nn.Module:
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None
     with torch.no_grad():
-        model.train()(pictures(4, 9))
+        model.train()(pictures(4, 9, side))
     return model.eval().requires_grad_(False).to(device)
 
 
-def pictures(count: int, seed: int) -> Tensor:
-    """Smooth noise in [0, 1], (count, 3, 224, 224) float32."""
+def pictures(count: int, seed: int, side: int = SIDE) -> Tensor:
+    """Smooth noise in [0, 1], (count, 3, side, side) float32."""
     coarse = torch.rand(count, 3, 14, 14, generator=torch.Generator().manual_seed(seed))
-    return nn.functional.interpolate(coarse, size=(224, 224), mode="bilinear").contiguous()
+    return nn.functional.interpolate(coarse, size=(side, side), mode="bilinear").contiguous()
 
 
 class Meter:
@@ -218,7 +219,7 @@ def table(arguments: argparse.Namespace) -> str:
         f"{arguments.baselines} baselines",
         f"need {IMAGES + arguments.baselines} or more for {IMAGES * arguments.baselines} pairs.",
         "",
-        f"{datetime.datetime.now(datetime.UTC).date()}, {arguments.threads} of {_processor(arguments.device)}; torch "
+        f"{datetime.datetime.now(datetime.UTC).date()}, {arguments.threads} of {processor(arguments.device)}; torch "
         f"{torch.__version__}, torchvision {torchvision.__version__}, Python {platform.python_version()}.",
         arguments.note,
     ]
@@ -230,7 +231,7 @@ def _line(name: str, row: dict[str, float], best: dict[str, float]) -> str:
     return f"| {name} | {row['wall']:.3f} | {row['cpu']:.3f} | {ratio:.2f} | {row['peak']:.0f} | {row['error']:.1e} |"
 
 
-def _processor(device: str) -> str:
+def processor(device: str) -> str:
     if device != "cpu":
         return torch.cuda.get_device_name(torch.device(device))
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lvlmva_core.arrays import read_array
+from lvlmva_core.compute import set_up_compute
 from lvlmva_core.segmentation import em, fit_weighted_gmm
 from lvlmva_core.segmentation.mixture import CELLS_PER_COMPONENT, COARSEST
 
@@ -116,6 +117,8 @@ def timed(run: Callable[[], Any]) -> tuple[float, float, Any]:
     """Seconds on the clock, CPU seconds of all threads (which other processes disturb less), and the result."""
     begin, cpu = time.perf_counter(), time.process_time()
     result = run()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     return time.perf_counter() - begin, time.process_time() - cpu, result
 
 
@@ -127,11 +130,13 @@ def main() -> None:
     )
     parser.add_argument("--peer-maps", type=int, default=4, help="maps for the slow peers")
     parser.add_argument("--reference-maps", type=int, default=16, help="maps for the full-resolution reference")
+    parser.add_argument(
+        "--device", default="cpu", help="where this library's fits run; the peers' run on the processor"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--title", default="")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     if options.attributions:
         own = torch.from_numpy(np.maximum(read_array(options.attributions, "attributions"), 0))
         maps = own.repeat(-(-options.maps // len(own)), 1, 1)[: options.maps]
@@ -139,11 +144,13 @@ def main() -> None:
         maps = attribution_like(options.maps)
     some, few = maps[: options.reference_maps], maps[: options.peer_maps]
 
-    fit_weighted_gmm(maps[:2], J)
+    device = set_up_compute(options.device, options.threads)
+    there = maps.to(device)
+    fit_weighted_gmm(there[:2], J)
     load = os.getloadavg()[0]
-    seconds, cpu, fit = timed(lambda: fit_weighted_gmm(maps, J))
+    seconds, cpu, fit = timed(lambda: fit_weighted_gmm(there, J))
     each = seconds / len(maps)
-    ours = fit.log_likelihood
+    ours = fit.log_likelihood.cpu()
     rows = [("this library, 32 starts", len(maps), each, cpu / len(maps), float(ours[: len(few)].double().mean()))]
 
     starts = starts_of(some, 4)
@@ -173,7 +180,7 @@ def main() -> None:
     lines = [
         f"### {options.title or 'Synthetic maps'}",
         "",
-        f"{len(maps)} maps of {SIDE} x {SIDE}, J = {J}, {options.threads} threads"
+        f"{len(maps)} maps of {SIDE} x {SIDE}, J = {J}, {options.threads} threads, {_name(device)}"
         f" ({platform.machine()}, {os.cpu_count()} cores, {cpu_model()}; load average {load:.1f} at the start);"
         f" {datetime.date.today().isoformat()}, Python {platform.python_version()}, "
         f"torch {torch.__version__}, {peers}.",
@@ -205,6 +212,10 @@ def main() -> None:
     if options.out:
         before = options.out.read_text(encoding="utf-8") if options.out.exists() else ""
         options.out.write_text(f"{before}{text}\n", encoding="utf-8")
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def cpu_model() -> str:

@@ -2,5 +2,14 @@
 
 from importlib.util import find_spec
 
-if find_spec("typer") is None:  # to import it would cost every stage a tenth of a second before it can hand over
+
+def _is_there(library: str) -> bool:
+    """Without importing it, which would cost every stage a tenth of a second before it can be handed over (`warm`)."""
+    try:
+        return find_spec(library) is not None
+    except ModuleNotFoundError:  # raised by import hooks that hide a library
+        return False
+
+
+if not _is_there("typer"):
     raise ImportError("lvlmva needs typer and more: pip install 'lvlmva[pipeline]'; lvlmva_core does without")

@@ -69,3 +69,18 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def attention_as_its_parts() -> Iterator[None]:
+    """Attention by matrix products and a softmax, which have second derivatives and exact attribution rules.
+
+    torch's fused kernels have neither, nor has the fast path of `MultiheadAttention` and `TransformerEncoderLayer`.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

@@ -85,13 +85,13 @@ def squared_gradient(
     """
     import torch
 
-    from lvlmva_core.compute import eval_mode
+    from lvlmva_core.compute import attention_as_its_parts, eval_mode
     from lvlmva_core.convolutions import InputGradientsOnly
 
     expected = (images.shape[0], *images.shape[2:])
     if not (masks.dtype == torch.bool or masks.is_floating_point()) or masks.shape != expected:
         raise ValueError(f"masks must be bool or floating {expected}, not {masks.dtype} {tuple(masks.shape)}")
-    with eval_mode(model), InputGradientsOnly():
+    with eval_mode(model), attention_as_its_parts(), InputGradientsOnly():
         pixels = images.detach().requires_grad_(True)
         (gradient,) = torch.autograd.grad(score(model(pixels)), pixels, create_graph=True)
     return (gradient * masks[:, None]).square().flatten(1).sum(1)

@@ -173,11 +173,29 @@ def _attribute(
             )
         for start in range(0, len(inputs), at_once):
             rows = slice(start, start + at_once)
-            tape = record(model, _in_layout(inputs[rows], layout), RULES, CONSTANT_OPS)
+            tape = _record_beside(model, _in_layout(inputs[rows], layout), baseline_tape)
             sums[rows] = attribute_pairs(tape, baseline_tape, targets[rows])
             output[rows] = tape.output.gather(1, targets[rows, None])[:, 0]
             del tape  # its activations go before the next ones come
         return sums, output, baseline_tape.output[:, targets].sum(0)
+
+
+def _record_beside(model: nn.Module, inputs: Tensor, baseline: Tape) -> Tape:
+    """The tape of `inputs`, which ran the same operations as the baselines'.
+
+    PyTorch may choose other operations for one sample (a linear layer asks whether its input is contiguous, einsum
+    leaves out dimensions of size 1); then it runs twice, as one of two.
+    """
+    if len(inputs) == 1:
+        try:
+            tape = record(model, inputs, RULES, CONSTANT_OPS, baseline.axes)
+            check_same_computation(tape, baseline)
+            return tape
+        except UnsupportedOperationError:
+            pass
+    tape = record(model, inputs, RULES, CONSTANT_OPS)
+    check_same_computation(tape, baseline)
+    return tape
 
 
 def _in_layout(images: Tensor, layout: torch.memory_format) -> Tensor:
@@ -239,13 +257,12 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 def attribute_pairs(tape: Tape, baseline: Tape, targets: Tensor) -> Tensor:
-    """DeepLIFT of every input against every baseline, summed over the baselines.
+    """DeepLIFT of every input against every baseline, summed over the baselines; both ran the same operations.
 
     Returns:
         (b, ...) like the inputs of `tape`.
     """
-    _check_same_computation(tape, baseline)
-    b, r = tape.samples, baseline.samples
+    b, r = len(tape.inputs), len(baseline.inputs)
     consumers: dict[Value, int] = {}
     for node in tape.nodes:
         for value in node.inputs:
@@ -266,12 +283,13 @@ def attribute_pairs(tape: Tape, baseline: Tape, targets: Tensor) -> Tensor:
             and tape.nodes[source.node].op is aten.convolution.default
             and not tape.nodes[source.node].args[6]
             and consumers[source] == 1
+            and node.axis.dim == 0
         ):
             # one pass over the multipliers less: the convolution before takes the factors into its weights
             scales[source.node] = batch_norm_scale(node)
             pending[source] = arrived[0]  # type: ignore[assignment]
             continue
-        step = Step(node, twin, b, r, scales.pop(position, None))
+        step = Step(node, twin, b, r, tape.samples, baseline.samples, scales.pop(position, None))
         g = [None if item is None else item[0] for item in arrived]
         owned = len(g) == 1 and arrived[0] is not None and arrived[0][1]
         del arrived
@@ -316,7 +334,7 @@ def _dense(tensor: Tensor) -> bool:
     return tensor.is_contiguous() or (tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
 
 
-def _check_same_computation(tape: Tape, baseline: Tape) -> None:
+def check_same_computation(tape: Tape, baseline: Tape) -> None:
     """Inputs and baselines must have run the same operations: else the model chooses its path by its input."""
     if len(tape.nodes) != len(baseline.nodes) or tape.result != baseline.result:
         raise UnsupportedOperationError(
@@ -324,7 +342,7 @@ def _check_same_computation(tape: Tape, baseline: Tape) -> None:
         )
     for x, y in zip(tape.nodes, baseline.nodes, strict=True):
         same = (x.op is y.op or {x.op, y.op} <= RESHAPES) and x.inputs == y.inputs
-        same = same and _per_sample(x, tape.samples) == _per_sample(y, baseline.samples)
+        same = same and x.axis == y.axis and _per_sample(x, tape.samples) == _per_sample(y, baseline.samples)
         if not (same and same_constants(x, y, (tape.samples, baseline.samples))):
             raise UnsupportedOperationError(
                 f"{x.place}: {str(x.op).removesuffix('.default')} differs between the run on the inputs and the run on "
@@ -333,5 +351,5 @@ def _check_same_computation(tape: Tape, baseline: Tape) -> None:
 
 
 def _per_sample(node: Node, samples: int) -> list[tuple[int, ...] | None]:
-    shapes = (*node.input_shapes, *node.output_shapes)
-    return [None if s is None or len(s) == 0 else (s[0] // samples, *s[1:]) for s in shapes]
+    inputs = [axis.resized(shape, samples, 1) for axis, shape in zip(node.input_axes, node.input_shapes, strict=True)]
+    return [*inputs, *(None if shape is None else node.axis.resized(shape, samples, 1) for shape in node.output_shapes)]

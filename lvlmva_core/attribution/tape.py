@@ -5,11 +5,11 @@ or a method, reused or in place. So nothing that depends on the input can be ove
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,9 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lvlmva_core.compute import eval_mode
+from lvlmva_core.attribution.axes import FIRST, SampleAxis
+from lvlmva_core.compute import attention_as_its_parts, eval_mode
 from lvlmva_core.errors import InputError
-
-if TYPE_CHECKING:
-    pass
 
 
 class UnsupportedOperationError(InputError):
@@ -40,15 +38,17 @@ INPUT = Value(-1, 0)
 
 @dataclass(eq=False)
 class Node:
-    """One operation of a forward pass of n samples; every tensor that depends on the input has n·k rows."""
+    """One operation of a forward pass of n samples; an axis of every tensor that depends on the input holds these."""
 
     op: OpOverload  # always the variant that is not in place
     args: tuple[Any, ...]  # values in the place of tensors that depend on the input
     kwargs: dict[str, Any]
     inputs: tuple[Value, ...]
     input_shapes: tuple[torch.Size, ...]
+    input_axes: tuple[SampleAxis, ...]
     output_shapes: tuple[torch.Size | None, ...]
     place: str
+    axis: SampleAxis = FIRST  # of every output
     saved: list[Tensor] = field(default_factory=list)
 
     @property
@@ -59,13 +59,21 @@ class Node:
 
 @dataclass(eq=False)
 class Tape:
-    """A forward pass of n samples: its nodes in order, its output (n, K), and which value the output is."""
+    """A forward pass: its nodes in order, its output (n, K), and which value the output is.
+
+    samples: that ran; of these the first n, the inputs, are wanted.
+    """
 
     samples: int
     inputs: Tensor
     nodes: list[Node]
     output: Tensor
     result: Value
+
+    @property
+    def axes(self) -> list[SampleAxis]:
+        """Where the samples stand in what each node gives."""
+        return [node.axis for node in self.nodes]
 
 
 class Keep(Enum):
@@ -78,64 +86,85 @@ class Keep(Enum):
 
 
 class Rule(NamedTuple):
-    """How one operation is attributed: what is kept of a forward pass, a check, and the backward step.
+    """How one operation is attributed: what is kept of a forward pass, where samples go, and the backward step.
 
-    check: called with the node when it is recorded; raises UnsupportedOperationError.
+    follow: tells from a node and the number of samples where these stand in the outputs; raises
+        UnsupportedOperationError where the operation works across samples, or has no rule in this use.
     one_output: only the first output counts; the others are statistics that models do not use.
     identity: the operation moves memory at most (PyTorch does so as the batch size demands), and is not recorded.
     """
 
-    keep: Keep
-    check: Callable[[Node], None] | None
+    keep: "Keep | Callable[[Node], Keep]"
+    follow: Callable[[Node, int], SampleAxis]
     backward: Callable[..., Any]
     one_output: bool = False
     identity: bool = False
 
 
-def record(model: nn.Module, inputs: Tensor, rules: Mapping[OpOverload, Rule], constant_ops: frozenset[Any]) -> Tape:
+def record(
+    model: nn.Module,
+    inputs: Tensor,
+    rules: Mapping[OpOverload, Rule],
+    constant_ops: frozenset[Any],
+    axes: Sequence[SampleAxis] | None = None,
+) -> Tape:
     """Run `model` in eval mode on `inputs` and record every operation that depends on them.
 
     The model is left as it was found: no parameter, buffer, gradient, hook or mode is changed. The forward runs with
     gradients enabled so that PyTorch takes its differentiable, decomposed paths (fused attention would hide its
-    products) and refuses detours through numpy, but nothing is saved for an autograd backward.
+    products) and refuses detours through numpy, but nothing is saved for an autograd backward. For the same reason
+    the fast path of torch's own attention layers is off.
 
     Args:
         inputs: (n, ...) floating point, not written to.
+        axes: of another tape of the model, for the case of one sample, whose place shapes do not tell: after
+            (4, 1, 5) -> (4, 5) more of them might make more rows or more columns. Without it, one sample runs twice.
 
     Raises:
         UnsupportedOperationError: an operation has no rule, or mixes samples.
     """
-    recorder = _Recorder(model, inputs.shape[0], rules, constant_ops)
+    run = inputs if len(inputs) > 1 or axes is not None else torch.cat([inputs, inputs])
+    recorder = _Recorder(model, len(run), rules, constant_ops, axes)
     with ExitStack() as stack:
         stack.enter_context(eval_mode(model))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(inputs.device.type, enabled=False))
-        stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
+        stack.enter_context(attention_as_its_parts())
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_drop, _never_needed))
         # a clone that is no leaf, so that a model may work on its input in place
-        start = inputs.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        start = run.detach().clone(memory_format=torch.preserve_format).requires_grad_()
         start = torch.ops.aten.alias(start)
         recorder.values[start] = INPUT
         stack.enter_context(recorder)
         output = model(start)
-    if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[0] != inputs.shape[0]:
+    if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(run):
         found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise InputError(f"the model returned {found} for {inputs.shape[0]} samples, expected logits (n, K); wrap it")
+        raise InputError(f"the model returned {found} for {len(run)} samples, expected logits (n, K); wrap it")
     if output not in recorder.values:
         raise UnsupportedOperationError(
             "the model's output does not depend on its input through operations that can be followed; "
             "return logits computed by torch operations on the input"
         )
-    return Tape(inputs.shape[0], inputs, recorder.nodes, output.detach(), recorder.values[output])
+    result = recorder.values[output]
+    if recorder.axes[result] != FIRST:
+        raise UnsupportedOperationError("the model's output does not hold the samples in its first dimension alone")
+    return Tape(len(run), inputs, recorder.nodes, output.detach()[: len(inputs)], result)
 
 
 class _Recorder(TorchDispatchMode):
     def __init__(
-        self, model: nn.Module, samples: int, rules: Mapping[OpOverload, Rule], constant_ops: frozenset[Any]
+        self,
+        model: nn.Module,
+        samples: int,
+        rules: Mapping[OpOverload, Rule],
+        constant_ops: frozenset[Any],
+        known_axes: Sequence[SampleAxis] | None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.samples = samples
+        self.known_axes = known_axes
+        self.axes: dict[Value, SampleAxis] = {INPUT: FIRST}
         self.rules = rules
         self.constant_ops = constant_ops
         self.nodes: list[Node] = []
@@ -180,16 +209,19 @@ class _Recorder(TorchDispatchMode):
                 f"{place}: {_readable(func)} writes what depends on the input into a tensor that does not; "
                 "build the result with torch.cat, torch.stack or torch.where instead"
             )
+        inputs = tuple(self.values[tensor] for tensor in followed)
         node = Node(
             functional,
             tuple(self._with_values(each) for each in args),
             {name: self._with_values(each) for name, each in kwargs.items()},
-            tuple(self.values[tensor] for tensor in followed),
+            inputs,
             tuple(tensor.shape for tensor in followed),
+            tuple(self.axes[value] for value in inputs),
             (),
             place,
         )
-        if rule.keep in (Keep.INPUTS, Keep.ALL) or (rule.keep is Keep.FACTORS and len(followed) > 1):
+        keep = rule.keep if isinstance(rule.keep, Keep) else rule.keep(node)
+        if keep in (Keep.INPUTS, Keep.ALL) or (keep is Keep.FACTORS and len(followed) > 1):
             self._keep(node, followed)
         if rule.identity:
             out = func(*args, **kwargs)
@@ -206,15 +238,15 @@ class _Recorder(TorchDispatchMode):
         if rule.one_output:
             outputs = outputs[:1]
         node.output_shapes = tuple(o.shape if isinstance(o, Tensor) else None for o in outputs)
-        self._check_rows(node)
-        if rule.check is not None:
-            rule.check(node)
-        if rule.keep is Keep.ALL:
+        node.axis = self._axis(node, rule)
+        if keep is Keep.ALL:
             self._keep(node, [o for o in outputs if isinstance(o, Tensor)])
         self.nodes.append(node)
         for index, tensor in enumerate(outputs):
             if isinstance(tensor, Tensor):
-                self.values[args[0] if in_place else tensor] = Value(len(self.nodes) - 1, index)
+                value = Value(len(self.nodes) - 1, index)
+                self.values[args[0] if in_place else tensor] = value
+                self.axes[value] = node.axis
         return out
 
     def _refuse_writing_to_the_model(self, func: Any, args: Any) -> None:
@@ -249,13 +281,18 @@ class _Recorder(TorchDispatchMode):
             if other is not tensor and other.untyped_storage().data_ptr() == address:
                 self._stale[other] = True
 
-    def _check_rows(self, node: Node) -> None:
-        for shape in node.output_shapes:
-            if shape is not None and (len(shape) == 0 or shape[0] == 0 or shape[0] % self.samples):
-                raise UnsupportedOperationError(
-                    f"{node.place}: {_readable(node.op)} gives a tensor {tuple(shape)} that does not keep the samples "
-                    "apart in its first dimension; attribution needs a model that treats each sample on its own"
-                )
+    def _axis(self, node: Node, rule: Rule) -> SampleAxis:
+        if any(shape is not None and 0 in shape for shape in node.output_shapes):
+            raise refuse(node, "gives an empty tensor")
+        if self.known_axes is None or self.samples > 1:
+            axis = rule.follow(node, self.samples)
+        elif len(self.nodes) < len(self.known_axes):
+            axis = self.known_axes[len(self.nodes)]
+        else:
+            raise refuse(node, "runs for one sample, but not for several")
+        if not all(shape is None or axis.fits(shape, self.samples) for shape in node.output_shapes):
+            raise refuse(node, "gives a tensor that does not keep the samples apart")
+        return axis
 
 
 def _leaves(argument: Any) -> Any:

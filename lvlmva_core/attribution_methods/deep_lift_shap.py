@@ -14,6 +14,7 @@ class DeepLiftShap(AttributionMethod):
     """DeepLiftSHAP that adds up has no settings of its own."""
 
     complete: ClassVar[bool] = True
+    version: ClassVar[int] = 2  # since softmax is split otherwise
 
     method: Literal["deep_lift_shap"] = "deep_lift_shap"
 

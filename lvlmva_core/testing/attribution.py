@@ -360,6 +360,61 @@ def _reference_max_pool(pool: nn.MaxPool2d, x: Tensor, b: Tensor, m: Tensor) -> 
     return torch.where(sent == 0, 0.0, sent / torch.where(x == b, 1.0, x - b))
 
 
+class Unit:
+    """One number of a network at an input and at a baseline, from which DeepLIFT is done number by number.
+
+    Sums and products with plain numbers are linear, `apply` follows the rescale rule, a product of two units gives
+    each the mean of the other. An oracle for whatever can be written in loops over numbers; no tensor is involved.
+    """
+
+    def __init__(self, x: float, baseline: float, sources: "tuple[tuple[Unit, float], ...]" = ()) -> None:
+        self.x, self.baseline, self.sources = x, baseline, sources
+
+    def __add__(self, other: "Unit | float") -> "Unit":
+        if isinstance(other, Unit):
+            return Unit(self.x + other.x, self.baseline + other.baseline, ((self, 1.0), (other, 1.0)))
+        return Unit(self.x + other, self.baseline + other, ((self, 1.0),))
+
+    def __mul__(self, other: "Unit | float") -> "Unit":
+        if not isinstance(other, Unit):
+            return Unit(self.x * other, self.baseline * other, ((self, other),))
+        means = (self.x + self.baseline) / 2, (other.x + other.baseline) / 2
+        return Unit(self.x * other.x, self.baseline * other.baseline, ((self, means[1]), (other, means[0])))
+
+    def __sub__(self, other: "Unit") -> "Unit":
+        return self + other * -1.0
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def apply(self, function: Callable[[float], float]) -> "Unit":
+        """function(self) by the rescale rule; by its slope where input and baseline are the same."""
+        y, y_baseline, step = function(self.x), function(self.baseline), 1e-6
+        if self.x == self.baseline:
+            slope = (function(self.x + step) - function(self.x - step)) / (2 * step)
+        else:
+            slope = (y - y_baseline) / (self.x - self.baseline)
+        return Unit(y, y_baseline, ((self, slope),))
+
+    def multipliers(self, inputs: "list[Unit]") -> list[float]:
+        """Of this unit, for each of `inputs`: what reaches them along all paths."""
+        order: list[Unit] = []
+        seen: set[int] = set()
+        stack = [(self, False)]
+        while stack:
+            unit, done = stack.pop()
+            if done:
+                order.append(unit)
+            elif id(unit) not in seen:
+                seen.add(id(unit))
+                stack.append((unit, True))
+                stack.extend((source, False) for source, _ in unit.sources)
+        arrived = {id(self): 1.0}
+        for unit in reversed(order):
+            for source, slope in unit.sources:
+                arrived[id(source)] = arrived.get(id(source), 0.0) + arrived.get(id(unit), 0.0) * slope
+        return [arrived.get(id(unit), 0.0) for unit in inputs]
+
+
 def shapley_values(function: Callable[[Tensor], Tensor], x: Tensor, baseline: Tensor) -> Tensor:
     """Exact Shapley values of `function` by enumerating all coalitions of features; absent features take the baseline.
 

@@ -228,6 +228,33 @@ def attention(t: Tensor) -> Tensor:
     return functional.scaled_dot_product_attention(tokens, tokens * 2.0, tokens + 1.0)
 
 
+def numbers(like: Tensor, *shape: int) -> Tensor:
+    """Weights that are the same at every call."""
+    return torch.linspace(-1, 1, int(np.prod(shape))).view(shape).cos().to(like)
+
+
+def windows(t: Tensor) -> Tensor:
+    """(n, 4, 6, 6) as four windows of 3x3 tokens, which stand beside the samples in the first dimension."""
+    return t.view(-1, 4, 2, 3, 2, 3).permute(0, 2, 4, 3, 5, 1).reshape(-1, 9, 4)
+
+
+def sequence_first(t: Tensor) -> Tensor:
+    tokens = t.flatten(2).permute(2, 0, 1)  # (36, n, 4)
+    query, key, value = (tokens @ numbers(t, 4, 12)).view(36, -1, 3, 4).permute(2, 1, 0, 3)
+    return (torch.bmm(query, key.mT) / 2).softmax(-1) @ value
+
+
+def torch_attention(t: Tensor, need_weights: bool = False) -> Tensor:
+    """With its packed weights, two heads and an additive mask, sequence first."""
+    tokens = t.flatten(2).permute(2, 0, 1)
+    weights, mask = numbers(t, 12, 4) * 2, numbers(t, 36, 36)
+    out: Tensor = functional.multi_head_attention_forward(
+        tokens, tokens * 1.5, tokens.relu(), 4, 2, weights, numbers(t, 12), None, None, False, 0.0, numbers(t, 4, 4),
+        None, training=False, need_weights=need_weights, attn_mask=mask,
+    )[0]  # fmt: skip
+    return out.transpose(0, 1)
+
+
 def in_place_chain(t: Tensor) -> Tensor:
     t = t + 0
     t.mul_(2).add_(0.1).mul_(3)
@@ -300,7 +327,42 @@ OPS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda t: t.flatten(2).softmax(-1),
     "layer_norm": lambda t: functional.layer_norm(t, (6, 6), torch.linspace(0.5, 1.5, 36, dtype=t.dtype).view(6, 6)),
     "group_norm": lambda t: functional.group_norm(t, 2, torch.linspace(0.5, 1.5, 4, dtype=t.dtype)),
+    "log_softmax": lambda t: t.flatten(2).log_softmax(1),
+    "softmax_with_a_mask": lambda t: (t + torch.where(torch.arange(6) > 3, -torch.inf, 0.0)).softmax(-1),
+    "logsumexp": lambda t: t.logsumexp((1, 3), keepdim=True) - t.logsumexp(2).unsqueeze(2),
+    "rms_norm": lambda t: functional.rms_norm(t, (6,), torch.linspace(0.5, 1.5, 6, dtype=t.dtype)),
+    "instance_norm": lambda t: functional.instance_norm(t, weight=torch.linspace(0.5, 1.5, 4, dtype=t.dtype)),
+    "instance_norm_with_statistics": lambda t: functional.instance_norm(
+        t, torch.linspace(0, 1, 4, dtype=t.dtype), torch.linspace(0.5, 1, 4, dtype=t.dtype), use_input_stats=False
+    ),
+    "unit_length": lambda t: functional.normalize(t, dim=1),
+    "length": lambda t: torch.linalg.vector_norm(t, dim=(1, 2)),
+    "variance": lambda t: t.var((1, 3), keepdim=True) + t.var(2, correction=0)[:, :, None],
+    "variance_and_mean": lambda t: sum(torch.var_mean(t, 1)),
+    "deviation": lambda t: t / t.std((1, 2), keepdim=True),
+    "amax": lambda t: t - t.amax((1, 3), keepdim=True),
+    "largest_and_smallest": lambda t: t.max(2)[0] - t.min(3).values,
+    "maximum": lambda t: torch.maximum(t, t.roll(1, 2)) - torch.minimum(torch.zeros(4, 6, 6, dtype=t.dtype), t),
+    "glu": lambda t: functional.glu(t, 1),
+    "addcmul": lambda t: torch.addcmul(t, t, t.roll(1, 3), value=0.5) + torch.addcmul(numbers(t, 6), t, numbers(t, 6)),
+    "waves": lambda t: t.sin() + t.cos() * t.expm1() + t.abs().log1p(),
+    "index": lambda t: t[:, torch.tensor([[0, 2], [3, 1]]), :, 2].relu(),
+    "repeat": lambda t: t.repeat(1, 2, 1, 3).relu(),
+    "unfold": lambda t: t.unfold(3, 2, 1).amax(-1),
+    "fold": lambda t: functional.fold(functional.unfold(t, 2, stride=2).relu(), (6, 6), 2, stride=2),
+    "samples_second": lambda t: (t.transpose(0, 1).relu() * numbers(t, 4, 1, 1, 1)).transpose(0, 1),
+    "samples_last": lambda t: functional.gelu(t.flatten(1).t() * 2.0).softmax(0).t(),
+    "samples_merged": lambda t: (t.permute(1, 0, 2, 3).reshape(-1, 6) @ torch.eye(6).to(t)).view(4, len(t), 36)[1],
+    "samples_inside": lambda t: functional.silu(t.permute(2, 0, 1, 3).reshape(6, -1, 3)).view(6, -1, 24).movedim(1, 0),
+    "windows": lambda t: windows(t).softmax(1).square().view(-1, 4, 9, 4),
+    "einsum": lambda t: torch.einsum("bchw,bdhw->bcd", t, t.relu()),
+    "einsum_with_constants": lambda t: torch.einsum("bchw,hwe->cbe", t, numbers(t, 6, 6, 5)).transpose(0, 1),
+    "baddbmm": lambda t: torch.baddbmm(t[:, 0], t[:, 1], t[:, 2], beta=0.5, alpha=2.0),
+    "matrix_of_constants": lambda t: numbers(t, 4, 6, 6) @ t,
     "attention": attention,
+    "attention_with_the_samples_second": sequence_first,
+    "attention_of_torch": torch_attention,
+    "attention_of_torch_with_weights": lambda t: torch_attention(t, need_weights=True),
     "expand": lambda t: t.mean(1, keepdim=True).expand(-1, 3, -1, -1).relu() * 0.5,
     "in_place_chain": in_place_chain,
     "detach": lambda t: t + t.detach().relu(),
@@ -413,20 +475,17 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "comparison": (lambda t: t * (t > 0), r"head|Function.*aten\.gt"),
     "branch": (lambda t: t if t.sum() > 0 else -t, "aten"),
     "item": (lambda t: t * t.flatten(1)[0, 0].item(), "samples|reads a value"),
-    "item_of_a_sample": (lambda t: t * t.amax((1, 2, 3), keepdim=True), r"aten\.amax"),
     "round": (torch.round, r"aten\.round"),
     "sort": (lambda t: t.sort(1)[0], r"aten\.sort"),
     "fourier": (lambda t: torch.fft.fft2(t).real, "aten"),
     "batch_statistics": (lambda t: functional.batch_norm(t, None, None, training=True), "statistics of the batch"),
-    "instance_norm": (functional.instance_norm, "samples"),
-    "mean_over_samples": (lambda t: t - t.mean(0, keepdim=True), "first dimension"),
+    "mean_over_samples": (lambda t: t - t.mean(0, keepdim=True), "dimension 0, which holds the samples"),
     "mean_over_all": (lambda t: t - t.mean(), r"aten\.mean"),
-    "roll_samples": (lambda t: t.roll(1, 0), "first dimension"),
-    "flip_samples": (lambda t: t.flip(0), "first dimension"),
-    "cat_samples": (lambda t: torch.cat([t, t]).view(len(t), 2, 4, 6, 6).mean(1), "first dimension"),
-    "transpose_samples": (lambda t: t.transpose(0, 1).relu().transpose(0, 1), "first dimension|samples"),
-    "one_sample": (lambda t: t + t[0], "first dimension|samples"),
-    "some_samples": (lambda t: torch.cat([t[:1], t[1:]]), "first dimension"),
+    "roll_samples": (lambda t: t.roll(1, 0), "dimension 0, which holds the samples"),
+    "flip_samples": (lambda t: t.flip(0), "dimension 0, which holds the samples"),
+    "cat_samples": (lambda t: torch.cat([t, t]).view(len(t), 2, 4, 6, 6).mean(1), "dimension 0, which holds"),
+    "one_sample": (lambda t: t + t[0], "dimension 0, which holds the samples"),
+    "some_samples": (lambda t: torch.cat([t[:1], t[1:]]), "dimension 0, which holds the samples"),
     "write_into_a_constant": (write_into_a_constant, "depends on the input into a tensor|aten"),
     "stale_view": (stale_view, "in place through another view"),
     "strides": (lambda t: t.contiguous().as_strided(t.shape, (144, 36, 1, 6)), "another order"),

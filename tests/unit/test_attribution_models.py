@@ -12,7 +12,7 @@ from captum.attr import DeepLift
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from lvlmva_core.attribution import UnsupportedOperationError, deep_lift_shap, explain, gradient
+from lvlmva_core.attribution import deep_lift_shap, explain, gradient
 from lvlmva_core.efficientnet_lite import EfficientNetLite0
 from lvlmva_core.testing.attribution import TOLERANCE, assert_close
 
@@ -82,16 +82,6 @@ def test_models_add_up(name: str, side: int) -> None:
         found = explain(model.to(dtype), inputs.to(dtype), baselines.to(dtype), targets)
         assert float(found.completeness_error().max()) < TOLERANCE[dtype]
         assert float((found.output - found.expected).abs().min()) > 1e-9  # there is something to explain
-
-
-@pytest.mark.parametrize("name", ["vit_b_32", "swin_t"])
-def test_attention_of_torchvision_is_refused(name: str) -> None:
-    """Its layers move the samples out of the first dimension."""
-    with torch.random.fork_rng(devices=[]):
-        model = getattr(torchvision.models, name)(weights=None, num_classes=3)
-    images = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    with pytest.raises(UnsupportedOperationError, match=r"(self_attention|attn) .*samples"):
-        deep_lift_shap(model, images[:1], images[1:], 0)
 
 
 @pytest.fixture(scope="module")

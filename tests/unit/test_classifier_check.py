@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.models import VisionTransformer
 
 from lvlmva_core.attribution import UnsupportedOperationError
 from lvlmva_core.classifier_check import best_order, check_classifier, check_differentiation
@@ -130,6 +131,13 @@ class _OneWay(torch.autograd.Function):
 class _NoSecondDerivative(_NoRule):
     def forward(self, x: Tensor) -> Tensor:
         return self.last(_OneWay.apply(x.flatten(1)).relu())  # type: ignore[no-untyped-call]
+
+
+def test_a_transformer_has_rules_and_a_second_derivative() -> None:
+    """torch's fused attention kernels have no second derivative; its parts do."""
+    with torch.random.fork_rng(devices=[]):
+        model = VisionTransformer(8, 4, 1, 2, 8, 16, num_classes=3).eval()
+    check_differentiation(model, torch.rand((3, 3, 8, 8), generator=torch.Generator().manual_seed(0)))
 
 
 def test_a_layer_without_a_rule_is_named_with_its_place_and_a_second_derivative_is_tried() -> None:
