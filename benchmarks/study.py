@@ -62,7 +62,7 @@ def work_of(folder: Path, bases: int, chosen: list[str]) -> Iterator[tuple[Path,
             yield here, stage, {}
         yield here, "evaluate", {"method": BASE}
         for method in chosen:
-            yield here, "align", {"method": method}
+            yield here, "align" if methods.METHODS[method].kind == "penalty" else "retrain", {"method": method}
             yield here, "evaluate", {"method": method}
 
 
@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--weights", default="", help="train.weights")
     parser.add_argument("--bases", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), help="rrr_gt and random_pictures may be added")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), help="any; retrained ones need -S retrained=...")
     parser.add_argument("--set", "-S", action="append", default=[], help="section.key=value, laid over it")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the rows are written")
     parser.add_argument("--tables", action="store_true", help="only write the tables of what is there")

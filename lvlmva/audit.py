@@ -167,6 +167,7 @@ def look(subject: Subject, how: How, device: "torch.device") -> tuple["AuditCont
 
     from lvlmva_core import audit as found_by
     from lvlmva_core.attribution.deep_lift import explain
+    from lvlmva_core.diffuse import diffuse_share, diffuse_warning
     from lvlmva_core.exchange import exchange_regions
     from lvlmva_core.independence import typical_size
     from lvlmva_core.progress import track
@@ -223,7 +224,9 @@ def look(subject: Subject, how: How, device: "torch.device") -> tuple["AuditCont
     )
     right = (logits.argmax(1) == torch.from_numpy(labels_of_all)).numpy()
     accuracy, counts = float(right.mean()), np.bincount(labels_of_all, minlength=len(names))
-    verdict = found_by.verdict_of(groups, measured, names, accuracy, float(counts.max() / counts.sum()))
+    spread = diffuse_share(maps)
+    commonest = float(counts.max() / counts.sum())
+    verdict = found_by.verdict_of(groups, measured, names, accuracy, commonest, diffuse_warning(spread))
     without = int((label_maps == 255).all(axis=(1, 2)).sum())
     notes = [
         *subject.notes,
@@ -240,6 +243,9 @@ def look(subject: Subject, how: How, device: "torch.device") -> tuple["AuditCont
             **subject.facts,
             "pictures": f"{len(pictured)} ({pixels.shape[2]} x {pixels.shape[3]} pixels)",
             "accuracy on them": f"{accuracy:.1%}",
+            "pixels that hold 90 % of the attribution": "no attribution"
+            if spread is None
+            else f"{spread:.0%} (median)",
         },
         class_names=names,
         accuracies=[float(right[labels_of_all == k].mean()) if counts[k] else float("nan") for k in range(len(names))],
@@ -253,7 +259,7 @@ def look(subject: Subject, how: How, device: "torch.device") -> tuple["AuditCont
         cues=measured,
         notes=notes,
     )
-    return content, _findings(content, chosen, accuracy)
+    return content, {**_findings(content, chosen, accuracy), "diffuse_share": spread}
 
 
 def _findings(content: "AuditContent", ids: Sequence[str], accuracy: float) -> dict[str, Any]:

@@ -139,6 +139,8 @@ class Params(Settings):
             )
         trained = self.train.model_dump()
         known = {**{key: value for key, value in trained.items() if value is not None}, "seeds": self.align.seeds}
+        if self.align.selection:
+            known["selection"] = {**self.align.selection.model_dump(), "rrr_lambdas": []}  # there is no λ here
         for name, own in self.retrained.items():
             _check_method("retrained", name, "retrained")
             section: type[Settings] = importlib.import_module(f"lvlmva_core.baselines.{name}").Settings
@@ -190,11 +192,11 @@ class Params(Settings):
                     f"{section}.{name} needs {lacking[need]}, and the data set has none; "
                     f"remove '{name}' from `{section}`"
                 )
-            rule = getattr(settings, "rule", None) or getattr(getattr(settings, "selection", None), "rule", None)
+            rule = getattr(getattr(settings, "selection", None), "rule", None)
             if rule == "worst_group" and lacking["groups"]:
                 raise InputError(
                     f"{section}.{name}: the rule worst_group needs {lacking['groups']}, and the data set has none; "
-                    f"set it to {'accuracy' if section == 'retrained' else 'pseudo_group, which needs none'}"
+                    "set it to pseudo_group, which needs none"
                 )
 
     def check_batches(self, n_train: int) -> None:
@@ -300,7 +302,7 @@ def _explain(error: ValidationError, section: type[Settings], place: str) -> str
     """Say what the first error of a validation is, in one line that names the key and the remedy."""
     first = error.errors(include_url=False, include_context=True)[0]
     path, known = _place_of(section, first["loc"])
-    key = place + ".".join(path) or "the file"
+    key = (place + ".".join(path)).rstrip(".") or "the file"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
         close = difflib.get_close_matches(path[-1], known, n=1)

@@ -76,7 +76,8 @@ def deps(
 def with_code(text: str, root: Path) -> str:
     """dvc.yaml with each stage's dependencies on code replaced by its import closure; comments and data stay.
 
-    A retrained method is a module of its own, which only that method's stage depends on.
+    A retrained method is a module of its own, which that method's stage depends on besides; what any of them imports
+    all of them depend on.
     """
     yaml = _round_trip()
     content = yaml.load(text)
@@ -87,10 +88,20 @@ def with_code(text: str, root: Path) -> str:
         listed = stage["deps"]
         data = [dep for dep in listed if not str(dep).endswith(".py")]
         own = [dep for dep in listed if str(dep).endswith(".py") and "${" in str(dep)]
-        listed[:] = [*data, *code_of(module, root), *own]
+        shared = {each for dep in own for each in _shared_by(Path(str(dep)).parent, root)}
+        listed[:] = [*data, *sorted({*code_of(module, root), *shared}), *own]
     written = io.StringIO()
     yaml.dump(content, written)
     return written.getvalue()
+
+
+def _shared_by(folder: Path, root: Path) -> set[str]:
+    """What the modules of a folder import, relative to `root`: each is loaded by its name, so that none is followed."""
+    modules = {file.relative_to(root).as_posix() for file in (root / folder).glob("*.py")}
+    imported: set[str] = set()
+    for each in modules:
+        imported |= set(code_of(each.removesuffix(".py").replace("/", "."), root)) - {each}
+    return imported
 
 
 def _round_trip() -> Any:

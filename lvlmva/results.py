@@ -8,7 +8,16 @@ import typer
 
 from lvlmva.pipeline import paths
 from lvlmva_core.arrays import read_json
-from lvlmva_core.report.tables import before_and_after, judged_by, left_out, markdown_table, significance, supervision
+from lvlmva_core.comparison import edge_notes
+from lvlmva_core.report.tables import (
+    before_and_after,
+    choices,
+    judged_by,
+    left_out,
+    markdown_table,
+    significance,
+    supervision,
+)
 
 
 def results(
@@ -26,6 +35,8 @@ def results(
         typer.echo(f"{judged_by(content)}\n")
         typer.echo(markdown_table(["method", "supervision beside class labels", *columns[1:]], rows))
         typer.echo(markdown_table(*significance(content)))
+        if content.get("chosen"):
+            typer.echo(markdown_table(*choices(content)))
         if content.get("left_out"):
             typer.echo(markdown_table(*left_out(content)))
         return
@@ -36,5 +47,7 @@ def results(
         table.add_row(*row)
     # a pipe has no width of its own: wide enough for the table
     Console(width=None if sys.stdout.isatty() else 140).print(table)
+    for note in edge_notes(content):
+        typer.echo(note)
     for what, why in left_out(content)[1]:
         typer.echo(f"left out: {what}: {why}")

@@ -328,7 +328,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def verdict_of(
-    groups: Sequence[RegionGroup], cues: Sequence[Cue], class_names: Sequence[str], accuracy: float, commonest: float
+    groups: Sequence[RegionGroup],
+    cues: Sequence[Cue],
+    class_names: Sequence[str],
+    accuracy: float,
+    commonest: float,
+    diffuse: str = "",
 ) -> Verdict:
     """What stands out and what does not.
 
@@ -336,9 +341,10 @@ def verdict_of(
     seldom does; in the middle the numbers cannot tell right from wrong. A cue stands out by its AUC and p.
 
     Args:
-        accuracy: of the model on the pictures, 0..1. commonest: share of the commonest class, 0..1.
+        accuracy: of the model on the pictures, 0..1. commonest: share of the commonest class, 0..1. diffuse: what
+            `lvlmva_core.diffuse.diffuse_warning` says of the maps.
     """
-    points = []
+    points = [diffuse] if diffuse else []
     edge = [group for group in groups if group.stands_out]
     inner = [group for group in groups if group.depended_on and not group.at_edge]
     high = [cue for cue in cues if cue.high]
@@ -369,11 +375,12 @@ def verdict_of(
         points.append(f"No global cue goes with the labels (strongest: {cues[0].cue}, AUC {cues[0].auc:.2f}).")
     else:
         points.append("No global cue could be measured.")
-    stands_out = bool(edge or high or accuracy <= commonest)
+    stands_out = bool(edge or high or diffuse or accuracy <= commonest)
     said = [
         *["the model hardly fits these pictures"] * (accuracy <= commonest),
         *["predictions depend on the edge of the pictures"] * bool(edge),
         *["global cues go with the labels"] * bool(high),
+        *["attribution is diffuse"] * bool(diffuse),
     ]
     headline = f"Look closer: {' and '.join(said)}." if stands_out else "Nothing stands out."
     return Verdict(stands_out, headline, points)

@@ -241,6 +241,15 @@ def pictures_counted(outputs: Mapping[str, Outputs], samples: pd.DataFrame) -> d
     return {"mu_align": len(outputs[BASE].map_ids), "reliance_true": 0 if pairs is None else len(pairs.classes)}
 
 
+def edge_notes(content: Mapping[str, Any]) -> list[str]:
+    """A line for each choice that lies at the end of what was tried, from the content of metrics/evaluate.json."""
+    return [
+        f"{method}: {key} = {of['chosen'][key]} is the {end} that was tried; a wider grid may choose another"
+        for method, of in content.get("chosen", {}).items()
+        for key, end in of["at_edge"].items()
+    ]
+
+
 def left_out(*, groups: bool, alignment_masks: bool, pictures: Mapping[str, int]) -> dict[str, str]:
     """What is not measured -> why: nothing is left out without a word.
 

@@ -69,7 +69,7 @@ METHODS: dict[str, Method] = {
         "area of LVLM-VA's masks, and how many lie on each class",
         correction="both",
     ),
-    "jtt": Method("JTT", "#9edae5", "retrained", "none in training; in validation what jtt.rule says"),
+    "jtt": Method("JTT", "#9edae5", "retrained", "none in training"),
     "subg": Method("SUBG (group labels)", "#c5b0d5", "retrained", "group labels in training", needs="groups"),
     "dfr": Method(
         "DFR (group labels)",
@@ -77,6 +77,13 @@ METHODS: dict[str, Method] = {
         "retrained",
         "group labels of the split that it is refitted on",
         needs="groups",
+    ),
+    "group_dro": Method("GroupDRO (group labels)", "#8c6bb1", "retrained", "group labels in training", needs="groups"),
+    "dfr_verdicts": Method(
+        "DFR on groups of verdicts (extension)", "#17becf", "retrained", "verdicts of the critic, as groups"
+    ),
+    "group_dro_verdicts": Method(
+        "GroupDRO on groups of verdicts (extension)", "#2c7fb8", "retrained", "verdicts of the critic, as groups"
     ),
     SUBJECT: Method("LVLM-VA", "#1f77b4", "penalty", "a description per class; verdicts of the critic"),
     "lvlm_va_counterexamples": Method(

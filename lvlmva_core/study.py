@@ -14,7 +14,7 @@ import pandas as pd
 from lvlmva_core.comparison import Runs, shortcut_pairs
 from lvlmva_core.errors import InputError
 from lvlmva_core.methods import METHODS, in_order
-from lvlmva_core.outputs import BASE, Outputs
+from lvlmva_core.outputs import BASE, SUBJECT, Outputs
 from lvlmva_core.statistics import hierarchical_bootstrap, holm, two_sided_p
 
 # column of the rows -> metric; `reliance` is the reliance on the feature itself, the primary measure
@@ -77,22 +77,25 @@ def rows_of(values: Mapping[str, Runs]) -> pd.DataFrame:
 
 
 def compared(models: Models, samples: pd.DataFrame, *, draws: int = 2000, seed: int = 0) -> pd.DataFrame:
-    """Each method of CONTROLS against base, λ = 0 and its best control, by each of MEASURES.
+    """Each method of CONTROLS against base, λ = 0 and its best control, by each of MEASURES; and the paper's correction
+    against the methods of the literature that are there, a family of its own.
 
     Only bases count that have every method which is compared. The best control is the one of the best mean (reliance:
     the smallest absolute), chosen anew for each measure on these very models, which favours the control.
 
     Returns:
         Columns COMPARED: value, value_against: means over models; difference with low, high (95 %); p, two-sided;
-        p_holm, within the three comparisons of one method by one measure. Reliances are absolute values.
+        p_holm, within the comparisons of one family by one measure. Reliances are absolute values.
 
     Raises:
         InputError: a measure needs what the data set does not say.
     """
-    measures = _measures(samples)
+    measures = measures_of(samples)
     table = []
     for subject, controls in CONTROLS.items():
-        wanted = [name for name in (BASE, LAMBDA_ZERO, *controls) if any(name in of for of in models.values())]
+        literature = [name for name, method in METHODS.items() if method.kind == "retrained" and subject == SUBJECT]
+        known = (BASE, LAMBDA_ZERO, *controls, *literature)
+        wanted = [name for name in known if any(name in of for of in models.values())]
         complete = {base: of for base, of in models.items() if {subject, *wanted} <= of.keys()}
         if not complete or BASE not in wanted or LAMBDA_ZERO not in wanted:
             continue
@@ -101,23 +104,28 @@ def compared(models: Models, samples: pd.DataFrame, *, draws: int = 2000, seed: 
             means = {name: statistic(values) for name, values in stacked.items()}
             better = max if MEASURES[measure] else min
             there = [name for name in controls if name in wanted]
-            others = [BASE, LAMBDA_ZERO, *([better(there, key=lambda name: means[name])] if there else [])]
-            family = {}
-            for other in others:
-                found = _drawn_differences(stacked[subject], stacked[other], statistic, draws, seed)
-                low, high = np.quantile(found, [0.025, 0.975])
-                difference = means[subject] - means[other]
-                family[other] = (means[subject], means[other], difference, float(low), float(high), two_sided_p(found))
-            adjusted = holm({other: values[-1] for other, values in family.items()})
-            table += [(subject, measure, other, *values, adjusted[other]) for other, values in family.items()]
+            best = [better(there, key=lambda name: means[name])] if there else []
+            for others in ([BASE, LAMBDA_ZERO, *best], [name for name in literature if name in wanted]):
+                family = {}
+                for other in others:
+                    found = drawn_differences(stacked[subject], stacked[other], statistic, draws, seed)
+                    low, high = (float(end) for end in np.quantile(found, [0.025, 0.975]))
+                    values = means[subject], means[other], means[subject] - means[other]
+                    family[other] = (*values, low, high, two_sided_p(found))
+                adjusted = holm({other: values[-1] for other, values in family.items()})
+                table += [(subject, measure, other, *values, adjusted[other]) for other, values in family.items()]
     return pd.DataFrame(table, columns=COMPARED)
 
 
 Taken = Callable[[Outputs, int], np.ndarray]  # outputs, place of the seed -> (pictures, columns)
 
 
-def _measures(samples: pd.DataFrame) -> dict[str, tuple[Taken, Callable[[np.ndarray], float]]]:
-    """What each measure takes of a model, and how it comes from (bases, seeds, pictures, columns)."""
+def measures_of(samples: pd.DataFrame) -> dict[str, tuple[Taken, Callable[[np.ndarray], float]]]:
+    """MEASURES -> what it takes of a model, and how it comes from (bases, seeds, pictures, columns).
+
+    Raises:
+        InputError: no test picture is there with and without the spurious feature.
+    """
     rows = samples[samples["split"].str.startswith("test")].reset_index(drop=True)
     test = np.flatnonzero(rows["split"] == "test")
     pairs = shortcut_pairs(samples)
@@ -139,9 +147,10 @@ def _measures(samples: pd.DataFrame) -> dict[str, tuple[Taken, Callable[[np.ndar
     }
 
 
-def _drawn_differences(
+def drawn_differences(
     values: np.ndarray, others: np.ndarray, statistic: Callable[[np.ndarray], float], draws: int, seed: int
 ) -> np.ndarray:
+    """Bootstrap draws of the statistic's difference, (draws,); values, others: (bases, seeds, pictures, columns)."""
     both = np.stack([values, others], axis=3)
     return hierarchical_bootstrap(
         both, lambda drawn: statistic(drawn[..., 0, :]) - statistic(drawn[..., 1, :]), seed=seed, draws=draws

@@ -1,12 +1,14 @@
 """Cross-entropy training, and the order in which samples are drawn."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.nn.functional import cross_entropy
 
 from lvlmva_core.adam import Adam
 from lvlmva_core.compute import own_draws
@@ -24,6 +26,18 @@ class Checkpointing(Protocol):
 
     def save(self, state: dict[str, Any], *, always: bool = False) -> None:
         """Keep a state, unless the last one is too recent to bother."""
+
+
+# logits (B, K), labels (B,), rows (B,), places in the training split -> the loss of a batch
+Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """score: of the model in eval mode, higher is better. patience: epochs without a better one that end a training."""
+
+    score: Callable[[nn.Module], float]
+    patience: int
 
 
 def epoch_batches(n_samples: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -63,7 +77,7 @@ def curve_row(model: nn.Module, training: Split, validation: Split) -> dict[str,
     logits = predict_logits(model, training.images)
     return {
         "epoch": 0,
-        "loss": float(functional.cross_entropy(logits.double(), training.labels)),
+        "loss": float(cross_entropy(logits.double(), training.labels)),
         "train_accuracy": float((logits.argmax(1) == training.labels).double().mean()),
         "val_accuracy": accuracy(model, validation.images, validation.labels),
     }
@@ -80,6 +94,9 @@ def train_classifier(
     epochs: int,
     seed: int,
     rows: Tensor | None = None,
+    epoch_rows: Callable[[int], Tensor] | None = None,
+    objective: Objective | None = None,
+    stopping: Stopping | None = None,
     checkpoint: Checkpointing | None = None,
 ) -> pd.DataFrame:
     """Train `model` in place with cross-entropy and Adam (decoupled weight decay); the model is left in eval mode.
@@ -87,15 +104,21 @@ def train_classifier(
     Args:
         training, validation: on the model's device.
         rows: int64, on the CPU, what an epoch passes over; a row may stand there several times. None = each row once.
+        epoch_rows: number of an epoch (from 1) -> as many rows as `rows` has, in its place. objective: of a batch, in
+            the place of the mean cross-entropy.
+        stopping: ends the training, and leaves the model as it was in the epoch of the best score, the first of equals.
         checkpoint: of the same training; where it holds a state, the training goes on from there to the same bits.
 
     Returns:
         The training curve, one row an epoch: epoch (from 1), loss (mean over samples), train_accuracy (of
-        the samples that `rows` names), val_accuracy.
+        the samples that `rows` names), val_accuracy, and with `stopping` score.
 
     Raises:
         InputError: the loss stops being finite.
+        ValueError: `stopping` together with `checkpoint`, which keeps no best epoch.
     """
+    if stopping and checkpoint:
+        raise ValueError("a training that may stop early keeps no checkpoints")
     images, labels = training.images, training.labels
     generator = torch.Generator().manual_seed(seed)
     rows = torch.arange(len(images)) if rows is None else rows
@@ -111,13 +134,16 @@ def train_classifier(
         curve = saved["curve"]
         for _ in curve:  # the passes that were made
             torch.randperm(len(rows), generator=generator)
+    best, best_epoch, best_weights = -math.inf, 0, {}
     for epoch in track(range(len(curve) + 1, epochs + 1), "train"):
+        drawn = epoch_rows(epoch) if epoch_rows else rows
         model.train()
         summed = torch.zeros((), dtype=torch.float64, device=images.device)
         with own_draws(images.device, seed, epoch):
             for places in epoch_batches(len(rows), batch_size, generator):
-                batch = rows[places]
-                loss = functional.cross_entropy(model(images[batch]), labels[batch])
+                batch = drawn[places]
+                logits = model(images[batch])
+                loss = objective(logits, labels[batch], batch) if objective else cross_entropy(logits, labels[batch])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -137,5 +163,14 @@ def train_classifier(
         if checkpoint:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "curve": curve}
             checkpoint.save(state, always=epoch == epochs)
+        if stopping:
+            curve[-1]["score"] = score = stopping.score(model)
+            if score > best:
+                best, best_epoch = score, epoch
+                best_weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            elif epoch - best_epoch >= stopping.patience:
+                break
+    if stopping:
+        model.load_state_dict(best_weights)
     model.to(memory_format=torch.contiguous_format).eval()
     return pd.DataFrame(curve)

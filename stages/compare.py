@@ -1,22 +1,13 @@
 """Stage compare: every method's metrics, their spread and tests, and the verdicts against the true masks."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 from lvlmva.entry import run
 from lvlmva.params import load_params
+from lvlmva_core import comparison
 from lvlmva_core.arrays import read_array, read_attrs, read_json, read_table, write_json
-from lvlmva_core.comparison import (
-    entropy_summary,
-    flat,
-    left_out,
-    measure,
-    over_seeds,
-    pictures_counted,
-    reliance_intervals,
-    tests,
-    verdict_summary,
-)
 from lvlmva_core.lvlm.records import VerdictRow, read_rows
 from lvlmva_core.outputs import BASE, read_outputs
 from lvlmva_core.samples import groups_known, read_object_masks, read_samples, read_spurious_masks, rows_of_ids
@@ -31,6 +22,7 @@ def compare(
     attributions: Path,
     segments: Path,
     verdicts: Path,
+    method_metrics: Path,
     evaluations: Path,
     evaluation: Path,
     groups: Path,
@@ -42,14 +34,16 @@ def compare(
     outputs = {method: read_outputs(evaluations / f"{method}.safetensors") for method in names}
     explained = rows_of_ids(table, outputs[BASE].map_ids)
     masks = read_spurious_masks(spurious_masks, explained)[0] if len(explained) else None
-    values, per_group = measure(outputs, table, masks)
+    values, per_group = comparison.measure(outputs, table, masks)
     rows = rows_of_ids(table, judged := list(read_attrs(segments)["ids"]))
+    written = {name: read_json(method_metrics / f"{name}.json")[name] for name in names if name != BASE}
     content: dict[str, Any] = {
-        "methods": over_seeds(values),
-        "tests": tests(values),
-        "reliance": reliance_intervals(outputs),
+        "methods": comparison.over_seeds(values),
+        "tests": comparison.tests(values),
+        "reliance": comparison.reliance_intervals(outputs),
+        "chosen": {name: of["selection"] for name, of in written.items() if "selection" in of},
         "alignment_set": read_json(rank_metrics)["rank"],
-        "verdicts": verdict_summary(
+        "verdicts": comparison.verdict_summary(
             read_rows(verdicts, VerdictRow),
             judged,
             read_array(segments, "segments"),
@@ -62,17 +56,20 @@ def compare(
     if groups_known(table):
         of_training = read_table(entropies, ["id", "entropy", "label"])
         spurious = table["spurious"].to_numpy()[rows_of_ids(table, of_training["id"].tolist())]
-        content["entropy"] = entropy_summary(
+        content["entropy"] = comparison.entropy_summary(
             of_training["entropy"].to_numpy(), spurious, of_training["label"].to_numpy()
         )
     with_masks = content["verdicts"]["samples_with_true_mask"] > 0
-    content["pictures"] = pictures_counted(outputs, table)
-    if absent := left_out(groups=groups_known(table), alignment_masks=with_masks, pictures=content["pictures"]):
+    content["pictures"] = comparison.pictures_counted(outputs, table)
+    if absent := comparison.left_out(
+        groups=groups_known(table), alignment_masks=with_masks, pictures=content["pictures"]
+    ):
         content["left_out"] = absent
     write_json(evaluation, content)
+    sys.stderr.write("".join(f"{note}\n" for note in comparison.edge_notes(content)))
     groups.parent.mkdir(parents=True, exist_ok=True)
     per_group.to_csv(groups, index=False)
-    flat(values).to_csv(runs, index=False)
+    comparison.flat(values).to_csv(runs, index=False)
 
 
 if __name__ == "__main__":

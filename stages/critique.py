@@ -4,6 +4,8 @@ from pathlib import Path
 
 import typer
 
+import lvlmva_core.lvlm.detectors
+import lvlmva_core.lvlm.offline  # noqa: F401 - so that dvc.yaml names what the critics that are no models go by
 from lvlmva.entry import run
 from lvlmva.params import load_params
 from lvlmva.several import criticise_all, name_of, needs_truth

@@ -16,10 +16,11 @@ from lvlmva_core.statistics import mean_and_std
 if TYPE_CHECKING:
     from lvlmva_core.align_settings import AlignSettings
     from lvlmva_core.alignment.loop import AlignedRun
+    from lvlmva_core.baselines.settings import Retraining
 
 SUPERVISION = MappingProxyType(
     {
-        "pseudo_group": "class labels of the validation split",
+        "pseudo_group": "class labels of the validation split, verdicts of the critic",
         "worst_group": "class and group labels of the validation split",
         "accuracy": "class labels of the validation split",
     }
@@ -30,33 +31,37 @@ SUPERVISION = MappingProxyType(
 class Selection:
     """Images that a candidate is judged by; its score is the accuracy of the worst group, 0..1.
 
-    images: float32 (V, C, H, W) in [0, 1]. labels: int64 (V,). groups: int64 (V,), any numbers.
+    images: float32 (V, C, H, W) in [0, 1]. labels: int64 (V,). groups: int64 (V,), any numbers. rows: int64 (V,), the
+    place in the validation split of what each is made of.
     """
 
     images: Tensor
     labels: Tensor
     groups: Tensor
+    rows: Tensor
 
-    def score(self, logits: Tensor) -> float:
-        """Accuracy of the worst group, from logits (V, K)."""
-        return float(self.accuracies(logits).min())
+    def score(self, logits: Tensor, of: Tensor | None = None) -> float:
+        """Accuracy of the worst group, from logits (V, K); of some of the images, bool (V,), where `of` is given."""
+        return float(self.accuracies(logits, of).min())
 
-    def accuracies(self, logits: Tensor) -> Tensor:
-        """Accuracy of each group, float64, in the order of the groups' numbers."""
-        correct = (logits.argmax(1) == self.labels).double()
-        _, group = torch.unique(self.groups, return_inverse=True)
+    def accuracies(self, logits: Tensor, of: Tensor | None = None) -> Tensor:
+        """Accuracy of each group that occurs, float64, in the order of the groups' numbers."""
+        chosen = slice(None) if of is None else of
+        correct = (logits.argmax(1) == self.labels)[chosen].double()
+        _, group = torch.unique(self.groups[chosen], return_inverse=True)
         counts = torch.bincount(group).double()
         return torch.zeros_like(counts).index_add_(0, group, correct) / counts
 
 
 def by_accuracy(images: Tensor, labels: Tensor) -> Selection:
     """All of the split as one group. Where it is drawn like the training split, this rule favours λ = 0."""
-    return Selection(images, labels, torch.zeros_like(labels))
+    return Selection(images, labels, torch.zeros_like(labels), torch.arange(len(labels), device=labels.device))
 
 
 def by_worst_group(images: Tensor, labels: Tensor, spurious: Tensor) -> Selection:
     """Groups of class and spurious feature: supervision that LVLM-VA is meant to do without."""
-    return Selection(images, labels, labels * 2 + spurious.long())
+    rows = torch.arange(len(labels), device=labels.device)
+    return Selection(images, labels, labels * 2 + spurious.long(), rows)
 
 
 def by_pseudo_group(
@@ -98,6 +103,7 @@ def by_pseudo_group(
         torch.cat([images, mixed]),
         torch.cat([labels, labels[receivers]]),
         torch.cat([labels * 2, labels[receivers] * 2 + 1]),
+        torch.tensor([*range(len(labels)), *receivers], device=labels.device),
     )
 
 
@@ -106,8 +112,22 @@ def best_lambda(scores: Mapping[float, Sequence[float]]) -> float:
     return min(scores, key=lambda rrr_lambda: (-float(np.mean(scores[rrr_lambda])), rrr_lambda))
 
 
+def at_edge(chosen: Mapping[str, Any], grid: Mapping[str, Sequence[Any]]) -> dict[str, str]:
+    """Settings whose chosen value is the "lowest" or "highest" of three or more: what lies beyond was not looked at.
+
+    Examples:
+        >>> at_edge({"c": 0.1, "up": 5}, {"c": [0.1, 0.3, 1.0], "up": [5, 20]})
+        {'c': 'lowest'}
+    """
+    found = {}
+    for key, values in grid.items():
+        if len(set(values)) > 2 and chosen[key] in (min(values), max(values)):
+            found[key] = "lowest" if chosen[key] == min(values) else "highest"
+    return found
+
+
 def selection_of(
-    settings: "AlignSettings", validation: Split, donors: Callable[[], tuple[Split, Tensor]]
+    settings: "AlignSettings | Retraining", validation: Split, donors: Callable[[], tuple[Split, Tensor]]
 ) -> Selection | None:
     """What the candidates are judged by, or None where nothing is chosen.
 
@@ -167,6 +187,8 @@ def summary_of(runs: "Sequence[AlignedRun]", settings: "AlignSettings") -> dict[
             "rule": settings.selection.rule,
             "supervision": SUPERVISION[settings.selection.rule],
             "epoch": mean_and_std([one.epoch for one in best]),
+            "chosen": {"rrr_lambda": rrr_lambda} if len(settings.candidates()) > 1 else {},
+            "at_edge": at_edge({"rrr_lambda": rrr_lambda}, {"rrr_lambda": settings.candidates()}),
             "candidates": {f"lambda={value:g}": _over_seeds(those) for value, those in _by_lambda(runs).items()},
         }
     return summary

@@ -9,6 +9,7 @@ import numpy as np
 
 from lvlmva_core.datasets import Dataset, assemble
 from lvlmva_core.datasets.settings import PrepareSettings
+from lvlmva_core.datasets.shortcuts import Shortcut, lay_shortcut
 from lvlmva_core.errors import InputError
 
 SIZE = 28  # pixels a side
@@ -18,13 +19,17 @@ FEATURE = "a grey 4x4 square in a corner"
 
 
 class DecoyDigits(PrepareSettings):
-    """DecoyDigits: comes with scikit-learn, so that `root` is not read."""
+    """DecoyDigits: comes with scikit-learn, so that `root` is not read.
+
+    shortcut: in the place of the decoy (an extension); null = the decoy.
+    """
 
     dataset: Literal["decoy_digits"] = "decoy_digits"
+    shortcut: Shortcut | None = None
 
     def prepare(self) -> Dataset:
         """`decoy_digits`."""
-        return decoy_digits(self.seed)
+        return decoy_digits(self.seed, self.shortcut)
 
 
 class DecoyMnist(PrepareSettings):
@@ -37,11 +42,12 @@ class DecoyMnist(PrepareSettings):
         return decoy_mnist(self.folder(), self.seed)
 
 
-def decoy_digits(seed: int) -> Dataset:
+def decoy_digits(seed: int, shortcut: Shortcut | None = None) -> Dataset:
     """DecoyDigits: the 1,797 handwritten digits that scikit-learn carries (UCI optical digits, 8x8, 17 grey levels).
 
     Each is enlarged to 20x20 by bilinear interpolation and gets MNIST's border of 4 pixels. Stratified split
-    1,000 / 297 / 500 (train / val / test), drawn from `seed`; see `add_decoys` for the decoys.
+    1,000 / 297 / 500 (train / val / test), drawn from `seed`; see `add_decoys` for the decoys, `lay_shortcut` for what
+    stands in their place, at a strength of 1 - digit / 10, as the decoy's shade falls.
     """
     from PIL import Image
     from sklearn.datasets import load_digits
@@ -53,7 +59,8 @@ def decoy_digits(seed: int) -> Dataset:
         digit[4:-4, 4:-4] = np.asarray(Image.fromarray(small).resize((20, 20), Image.Resampling.BILINEAR))
     labels = raw.target.astype(np.int64)
     split = _stratified_split(labels, {"train": 1000, "val": 297, "test": 500}, np.random.default_rng([seed, 1]))
-    return _with_decoys("decoy_digits", digits, labels, split, [f"digits-{i:05d}" for i in range(len(labels))], seed)
+    sources = [f"digits-{i:05d}" for i in range(len(labels))]
+    return _with_decoys("decoy_digits", digits, labels, split, sources, seed, shortcut)
 
 
 def decoy_mnist(root: Path, seed: int) -> Dataset:
@@ -100,8 +107,27 @@ def add_decoys(digits: np.ndarray, shades: np.ndarray, corners: np.ndarray) -> t
     return np.where(masks, shades[:, None, None], digits), masks
 
 
+def _add(
+    digits: np.ndarray, of: np.ndarray, corners: np.ndarray, shortcut: Shortcut | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures with the decoys, or shortcuts, that stand for the digits `of`, and their masks."""
+    if shortcut is None:
+        return add_decoys(digits, shade(of), corners)
+    laid = [
+        lay_shortcut(digit[None], shortcut, 1 - int(k) / 10, int(corner))
+        for digit, k, corner in zip(digits, of, corners, strict=True)
+    ]
+    return np.stack([picture[0] for picture, _ in laid]), np.stack([mask for _, mask in laid])
+
+
 def _with_decoys(
-    name: str, digits: np.ndarray, labels: np.ndarray, split: np.ndarray, sources: list[str], seed: int
+    name: str,
+    digits: np.ndarray,
+    labels: np.ndarray,
+    split: np.ndarray,
+    sources: list[str],
+    seed: int,
+    shortcut: Shortcut | None = None,
 ) -> Dataset:
     """Every sample gets a decoy; its shade is the class's own in training and that of a random digit in val and test.
 
@@ -111,15 +137,14 @@ def _with_decoys(
     rng = np.random.default_rng([seed, 2])
     corners = rng.integers(0, 4, len(digits))
     random_digits = rng.integers(0, 10, len(digits))
-    shades = np.where(split == "train", shade(labels), shade(random_digits))
-    pictures, masks = add_decoys(digits, shades, corners)
+    pictures, masks = _add(digits, np.where(split == "train", labels, random_digits), corners, shortcut)
     test = np.flatnonzero(split == "test")
-    agreeing, agreeing_masks = add_decoys(digits[test], shade(labels[test]), corners[test])
+    agreeing, agreeing_masks = _add(digits[test], labels[test], corners[test], shortcut)
     position = [f"{i:05d}" for i in range(len(digits))]
     return assemble(
         name,
         DIGITS,
-        FEATURE,
+        FEATURE if shortcut is None else f"{shortcut.kind} on a square of {shortcut.side:.2f} of the sides",
         ids=[f"{s}-{p}" for s, p in zip(split, position, strict=True)]
         + [f"{extra}-{position[i]}" for extra in ("test_agreeing", "test_plain") for i in test],
         split=np.concatenate([split, np.full(len(test), "test_agreeing"), np.full(len(test), "test_plain")]),

@@ -11,6 +11,7 @@ from lvlmva_core.datasets import Dataset, assemble
 from lvlmva_core.datasets.balance import choose_per_group, shares_to_counts
 from lvlmva_core.datasets.pictures import inside, opened, read_coverage, read_csv, read_picture
 from lvlmva_core.datasets.settings import PrepareSettings
+from lvlmva_core.datasets.shortcuts import Shortcut, lay_shortcut
 from lvlmva_core.errors import InputError
 from lvlmva_core.samples import TWINS
 from lvlmva_core.settings import Count, Settings, Share
@@ -26,6 +27,7 @@ class Skin(Settings):
     """How many lesions a class, which bandages, and on which share of the training pictures they lie.
 
     val_groups: balanced, or as_training: with the shares of the training split.
+    shortcut: in the place of pasted bandages, on the same pictures (an extension); null = the bandages.
     """
 
     train_per_class: Count
@@ -35,6 +37,13 @@ class Skin(Settings):
     bandage_share_benign: Share
     bandage_share_malignant: Share
     val_groups: Literal["balanced", "as_training"] = "balanced"
+    shortcut: Shortcut | None = None
+
+    @model_validator(mode="after")
+    def _a_shortcut_is_planted(self) -> "Skin":
+        if self.shortcut is not None and self.bandages == "real":
+            raise ValueError("a shortcut stands in the place of pasted bandages; set bandages to pasted")
+        return self
 
     @model_validator(mode="after")
     def _real_bandages_are_on_benign_lesions(self) -> "Skin":
@@ -96,6 +105,10 @@ def skin(root: Path, config: Skin, size: int, seed: int) -> Dataset:
             for place in np.flatnonzero(wanted):
                 rng = np.random.default_rng([seed, 2, zlib.crc32(ids[rows[place]].encode())])
                 own = donors["test" if split[place] == TWINS else split[place]]
+                if config.shortcut is not None:
+                    corner = int(rng.integers(4))
+                    pictures[place], masks[place] = lay_shortcut(pictures[place], config.shortcut, 1.0, corner)
+                    continue
                 bandage, coverage = own[int(rng.integers(len(own)))]
                 pictures[place], masks[place] = add_bandage(pictures[place], bandage, coverage, lesions[place], rng)
         else:
@@ -105,7 +118,7 @@ def skin(root: Path, config: Skin, size: int, seed: int) -> Dataset:
     return assemble(
         "skin",
         CLASSES,
-        FEATURE,
+        FEATURE if config.shortcut is None else f"{config.shortcut.kind} on {config.shortcut.side:.2f} of the sides",
         ids=[f"{s}-{ids[row]}" for s, row in zip(split, rows, strict=True)],
         split=split,
         label=label[rows],

@@ -1,5 +1,6 @@
 """What a critic is asked about: a sample with its picture and regions, and for some critics what is true of it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ class Case:
 
     picture: uint8 (C, H, W). segments: uint8 (H, W); 255 = none. status: of its segmentation, "ok" or why it has no
     region. attribution: float32 (H, W), spurious_mask and object_mask: bool (H, W); None where unknown or not read.
+    errors: region -> the rate from which a stand-in with set rates judges it wrongly, 0..1; None = drawn by itself.
     """
 
     sample: str
@@ -35,6 +37,7 @@ class Case:
     attribution: np.ndarray | None = None
     spurious_mask: np.ndarray | None = None
     object_mask: np.ndarray | None = None
+    errors: Mapping[int, float] | None = None
 
     def regions(self) -> dict[int, str]:
         """Region -> name of its colour, for those that own a pixel."""

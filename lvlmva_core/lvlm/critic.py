@@ -140,7 +140,7 @@ def criticise(config: StandInCritic | DetectorCritic, cases: Sequence[Case]) -> 
     """Rows of the critiques of a stand-in or a detector."""
     stand_in = CRITICS[config.critic]
     rows = []
-    for case in cases:
+    for case in stand_in.seen_together(cases, config):
         prose = stand_in.criticise(case, config) if case.regions() else None
         rows.append(critique_row(case, config.critic, stand_in.told(case, config) if prose else {}, critique=prose))
     return rows

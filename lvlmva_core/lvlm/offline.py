@@ -8,9 +8,9 @@ model's own path kept from sending (`lvlmva_core.lvlm.client`). Trained detector
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, get_args
 
 import numpy as np
 
@@ -29,12 +29,14 @@ class StandIn:
 
     criticise: (case, settings of the section) -> prose whose last line is "Verdicts: red - yes; blue - no" with each
     region of the case once. knows_truth: whether the case has to hold attribution and true masks. told: (case,
-    settings) -> what the record says of how it was set; {} unless it has settings of its own.
+    settings) -> what the record says of how it was set; {} unless it has settings of its own. seen_together: (all
+    cases, settings) -> these, with what a case alone does not tell.
     """
 
     criticise: Callable[[Case, Any], str]
     knows_truth: bool
     told: Callable[[Case, Any], dict[str, Any]]
+    seen_together: Callable[[Sequence[Case], Any], Sequence[Case]]
 
 
 CRITICS: dict[str, StandIn] = {}
@@ -47,12 +49,16 @@ def is_stand_in(name: str) -> bool:
 
 
 def critic(
-    name: str, *, knows_truth: bool = False, told: Callable[[Case, Any], dict[str, Any]] = lambda case, settings: {}
+    name: str,
+    *,
+    knows_truth: bool = False,
+    told: Callable[[Case, Any], dict[str, Any]] = lambda case, settings: {},
+    seen_together: Callable[[Sequence[Case], Any], Sequence[Case]] = lambda cases, settings: cases,
 ) -> Callable[[Callable[[Case, Any], str]], Callable[[Case, Any], str]]:
     """Enter a stand-in under a name."""
 
     def enter(criticise: Callable[[Case, Any], str]) -> Callable[[Case, Any], str]:
-        CRITICS[name] = StandIn(criticise, knows_truth, told)
+        CRITICS[name] = StandIn(criticise, knows_truth, told, seen_together)
         return criticise
 
     return enter
@@ -138,6 +144,7 @@ def criticise_by_oracle(
     false_negative_rate: float,
     seed: int,
     object_mask: np.ndarray | None = None,
+    errors: Mapping[int, float] | None = None,
 ) -> str:
     """Critique by someone who knows the true masks, with errors at set rates.
 
@@ -145,7 +152,7 @@ def criticise_by_oracle(
     that does not lie on the object gets "no" instead (LVLM-VA §5: only the tag of a knee, but all beside a lesion).
     Then a relevant region is rejected with `false_positive_rate` and an irrelevant one accepted with
     `false_negative_rate`. The draw of a region depends on (seed, sample, region) alone, and a higher rate errs wherever
-    a lower one does.
+    a lower one does; where `errors` (`place_errors`) are given, a region errs where its number is below the rate.
 
     Args:
         segments: uint8 (H, W); 255 = none. spurious_mask, object_mask: bool (H, W). attribution: float (H, W).
@@ -154,21 +161,75 @@ def criticise_by_oracle(
     """
     if object_mask is None:
         lines = [f"The true spurious mask is known; a region counts as spurious by the rule {rule}."]
-        irrelevant = overlaps(segments, spurious_mask, attribution, rule)
         truths = {True: "overlaps the spurious feature", False: "does not overlap the spurious feature"}
     else:
         lines = [f"The object's true mask is known; a region lies on it by the rule {ON_OBJECT}."]
-        on_object = overlaps(segments, object_mask, attribution, ON_OBJECT)
-        irrelevant = {region: not lies_on_it for region, lies_on_it in on_object.items()}
         truths = {True: "does not lie on the object", False: "lies on the object"}
     verdicts = {}
-    for region, spurious in irrelevant.items():
-        wrong = _draw(seed, sample, region) < (false_negative_rate if spurious else false_positive_rate)
+    for region, spurious in _irrelevant(segments, spurious_mask, attribution, rule, object_mask).items():
+        place = _draw(seed, sample, region) if errors is None else errors[region]
+        wrong = place < (false_negative_rate if spurious else false_positive_rate)
         verdicts[region] = "no" if spurious != wrong else "yes"
         truth = truths[spurious]
         error = " This verdict is wrong on purpose." if wrong else ""
         lines.append(f"The {COLOUR_NAMES[region]} region {truth}.{error}")
     return with_verdicts(lines, verdicts)
+
+
+def place_errors(cases: Sequence[Case], settings: OracleCritic) -> Sequence[Case]:
+    """Say of each region at which rate the oracle errs on it (`Case.errors`), so that errors at a rate have a system.
+
+    "by_class": classes in an order drawn from the seed; at a rate of r all regions of the first r · K classes are
+    judged wrongly, and of one class between them a share. "small_regions", "large_regions": of all relevant and of all
+    spurious regions, by their share of the picture. "independent": nothing is said, each region draws for itself.
+
+    Raises:
+        InputError: a true mask that is needed is unknown.
+        ValueError: another way to err.
+    """
+    if settings.errors not in get_args(OracleCritic.model_fields["errors"].annotation):
+        raise ValueError(f"errors '{settings.errors}': expected independent, by_class, small_regions or large_regions")
+    if settings.errors == "independent":
+        return cases
+    if settings.errors == "by_class":
+        names = sorted({case.class_name for case in cases})
+        rank = {names[place]: n for n, place in enumerate(np.random.default_rng(settings.seed).permutation(len(names)))}
+        return [
+            replace(
+                case,
+                errors={
+                    region: (rank[case.class_name] + _draw(settings.seed, case.sample, region)) / len(names)
+                    for region in case.regions()
+                },
+            )
+            for case in cases
+        ]
+    found: list[tuple[bool, float, int, int]] = []
+    for n, case in enumerate(cases):
+        spurious_mask, attribution, object_mask = _truth_of(case, settings)
+        irrelevant = _irrelevant(case.segments, spurious_mask, attribution, settings.overlap, object_mask)
+        found += [(kind, float((case.segments == region).mean()), n, region) for region, kind in irrelevant.items()]
+    errors: list[dict[int, float]] = [{} for _ in cases]
+    for kind in (True, False):
+        sign = 1 if settings.errors == "small_regions" else -1
+        ordered = sorted((sign * share, n, region) for is_kind, share, n, region in found if is_kind == kind)
+        for place, (_, n, region) in enumerate(ordered):
+            errors[n][region] = (place + 0.5) / len(ordered)
+    return [replace(case, errors=of_case) for case, of_case in zip(cases, errors, strict=True)]
+
+
+def _irrelevant(
+    segments: np.ndarray,
+    spurious_mask: np.ndarray,
+    attribution: np.ndarray,
+    rule: Overlap,
+    object_mask: np.ndarray | None,
+) -> dict[int, bool]:
+    """Whether each region is to be rejected by someone who makes no mistake."""
+    if object_mask is None:
+        return overlaps(segments, spurious_mask, attribution, rule)
+    on_object = overlaps(segments, object_mask, attribution, ON_OBJECT)
+    return {region: not lies_on_it for region, lies_on_it in on_object.items()}
 
 
 @critic("rules")
@@ -183,38 +244,48 @@ def _told_the_oracle(case: Case, settings: OracleCritic) -> dict[str, Any]:
         "overlap": settings.overlap if settings.oracle_rejects == "spurious_feature" else ON_OBJECT,
         "false_positive_rate": settings.false_positive_rate,
         "false_negative_rate": settings.false_negative_rate,
+        **({} if settings.errors == "independent" else {"errors": settings.errors}),
         "seed": settings.seed,
     }
 
 
-@critic("oracle", knows_truth=True, told=_told_the_oracle)
+@critic("oracle", knows_truth=True, told=_told_the_oracle, seen_together=place_errors)
 def oracle(case: Case, settings: OracleCritic) -> str:
     """Criticise a case by `criticise_by_oracle`.
 
     Raises:
         InputError: a true mask that it needs is unknown.
     """
+    spurious_mask, attribution, object_mask = _truth_of(case, settings)
+    return criticise_by_oracle(
+        case.sample,
+        case.segments,
+        spurious_mask,
+        attribution,
+        rule=settings.overlap,
+        false_positive_rate=settings.false_positive_rate,
+        false_negative_rate=settings.false_negative_rate,
+        seed=settings.seed,
+        object_mask=object_mask,
+        errors=case.errors,
+    )
+
+
+def _truth_of(case: Case, settings: OracleCritic) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Spurious mask, attribution, and the object's mask where it decides. Raises InputError where one is unknown."""
     assert case.attribution is not None
     if case.spurious_mask is None:
         raise InputError(
             f"critique.critic 'oracle' needs the true mask of '{case.sample}', which is unknown; use another critic"
         )
-    if settings.oracle_rejects == "off_object" and case.object_mask is None:
+    if settings.oracle_rejects == "spurious_feature":
+        return case.spurious_mask, case.attribution, None
+    if case.object_mask is None:
         raise InputError(
             "critique.oracle_rejects 'off_object' needs masks of the object, which this data set does not have; "
             "set it to spurious_feature"
         )
-    return criticise_by_oracle(
-        case.sample,
-        case.segments,
-        case.spurious_mask,
-        case.attribution,
-        rule=settings.overlap,
-        false_positive_rate=settings.false_positive_rate,
-        false_negative_rate=settings.false_negative_rate,
-        seed=settings.seed,
-        object_mask=case.object_mask if settings.oracle_rejects == "off_object" else None,
-    )
+    return case.spurious_mask, case.attribution, case.object_mask
 
 
 @judge("rules")

@@ -211,13 +211,18 @@ class StandInCritic(Several):
 
 
 class OracleCritic(StandInCritic):
-    """The critic that knows the true masks, with errors at set rates."""
+    """The critic that knows the true masks, with errors at set rates.
+
+    errors: which verdicts are wrong: drawn "independent" of each other; "by_class": all of some classes, none of the
+    others'; or those on "small_regions" or "large_regions", of relevant and of spurious ones alike.
+    """
 
     critic: Literal["oracle"]
     oracle_rejects: Literal["spurious_feature", "off_object"] = "spurious_feature"
     overlap: Overlap = "half_of_feature"
     false_positive_rate: Share = 0.0
     false_negative_rate: Share = 0.0
+    errors: Literal["independent", "by_class", "small_regions", "large_regions"] = "independent"
     seed: Seed = 0
 
 

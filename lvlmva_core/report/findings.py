@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from lvlmva_core.diffuse import diffuse_share, diffuse_warning
 from lvlmva_core.methods import METHODS
 from lvlmva_core.outputs import SUBJECT
 from lvlmva_core.overrides import Key, Override, Tie
@@ -119,9 +120,10 @@ def page_of(found: Findings, shown: Shown, pictures: Mapping[str, Path], params:
     kept = kept_samples(gallery, shown.at_most[0])
     who = tables.judged_by(found.content)
     drawn = [drawn_of(caption, path) for caption, path in pictures.items()]
+    spread = diffuse_share(found.panel[0]["before"][1])
     page = Page(
         title=f"LVLM-VA on {found.about['dataset']}",
-        warning=tables.warning_of(found.content["verdicts"]),
+        warning=" ".join(filter(None, [tables.warning_of(found.content["verdicts"]), diffuse_warning(spread)])),
         headline=headline_of(found.content, feature),
         facts=[
             f"{who[0].upper()}{who[1:]}.",

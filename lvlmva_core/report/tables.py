@@ -34,7 +34,7 @@ def judged_by(content: Mapping[str, Any]) -> str:
     prompt = "" if named is None else f" ({'told' if named else 'not told'} the known spurious features)"
     rates = ", ".join(
         f"{name.replace('_', ' ')} {content['verdicts']['critic_settings'][name]}"
-        for name in ("rejects", "overlap", "false_positive_rate", "false_negative_rate")
+        for name in ("rejects", "overlap", "false_positive_rate", "false_negative_rate", "errors")
         if name in content["verdicts"]["critic_settings"]
     )
     return f"critic: {critics}{prompt}{f' ({rates})' if rates else ''}; judge: {judges}"
@@ -90,13 +90,27 @@ def supervision(content: Mapping[str, Any]) -> list[str]:
     known = [words for name, words in KNOWN.items() if name in critics]
     known += ["by a trained detector"] if any(is_detector(name) for name in critics) else []
     drawn = f" (here {', '.join(known)})" if known else ""
-    found = [METHODS[name].supervision for name in in_order(content["methods"])]
+    to_choose = {name: f"; to choose: {of['supervision']}" for name, of in content.get("chosen", {}).items()}
+    found = [METHODS[name].supervision + to_choose.get(name, "") for name in in_order(content["methods"])]
     if all(is_stand_in(name) or is_detector(name) for name in critics):  # none of them reads a description
         found = [words.replace(f"{DESCRIBED}; ", "") for words in found]
     return [
         words.replace(of_verdicts, f"{of_verdicts}{drawn}") if (of_verdicts := _of_verdicts(words)) else words
         for words in found
     ]
+
+
+def choices(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Column names and rows of what was chosen for each method, by which rule, and where that ends the grid."""
+    rows = []
+    for name in in_order(content.get("chosen", {})):
+        of = content["chosen"][name]
+        ends = {key: f" ({end} that was tried)" for key, end in of["at_edge"].items()}
+        values = [f"{key} = {value:g}{ends.get(key, '')}" for key, value in of["chosen"].items()]
+        epoch = f"{of['epoch']['mean']:.1f}" if "epoch" in of else "none"
+        tried = str(len(of["candidates"]))
+        rows.append([METHODS[name].label, of["rule"], tried, "; ".join(values) or "as set", epoch])
+    return ["method", "rule", "candidates", "chosen", "epoch, mean over seeds"], rows
 
 
 def verdict_table(verdicts: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -223,6 +237,17 @@ def page_tables(content: Mapping[str, Any], class_names: Sequence[str]) -> list[
                 "Verdicts against the true masks",
                 "Precision: of the regions judged spurious, the share that overlaps the spurious feature. Recall: of "
                 "the regions that overlap it, the share judged spurious. What counts as overlap is the first column.",
+                columns,
+                rows,
+            )
+        )
+    columns, rows = choices(content)
+    if rows:
+        tables.append(
+            Table(
+                "Chosen settings",
+                "By one rule and one set of donors for all methods, on the validation split. Where a value is the "
+                "lowest or highest that was tried, what lies beyond was not looked at.",
                 columns,
                 rows,
             )

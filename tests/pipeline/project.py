@@ -15,8 +15,8 @@ QUICK: Mapping[str, Any] = {
     "train.epochs": 4,
     "retrained": {
         "subg": {"epochs": 1},
-        "dfr": {"split": "val", "c_grid": [1.0, 0.1], "n_refits": 2},
-        "jtt": {"first_epochs": [1], "up": [5], "epochs": 1},
+        "dfr": {"split": "val", "c": 0.1, "n_refits": 2},
+        "jtt": {"first_epochs": 1, "up": 5, "epochs": 1},
     },
     "rank.n_samples": 24,
     "align.epochs": 1,

@@ -63,7 +63,7 @@ def test_from_bad_files_to_a_report_without_groups_or_masks(project: Project) ->
     project.set_params({"prepare.on_bad_file": "leave_out"})
     assert _error(project).startswith("error: settings: methods.rrr_gt needs true masks")
     project.set_params({"methods": {"lvlm_va": {}, "random_masks": {}}})
-    project.set_params({"retrained": {"jtt": {"first_epochs": [1], "up": [3], "epochs": 1}}})
+    project.set_params({"retrained": {"jtt": {"first_epochs": 1, "up": 3, "epochs": 1}}})
     project.set_params({"align.selection": {"rule": "pseudo_group", "rrr_lambdas": []}, "rank.stratify": True})
     assert "report" in project.repro()
     assert project.repro() == []
@@ -115,7 +115,7 @@ def test_with_groups_and_without_masks(project: Project) -> None:
     assert (project.folder / "reports/entropy.png").exists()
 
 
-DFR = {"split": "train", "c_grid": [0.1], "n_refits": 1}
+DFR = {"split": "train", "c": 0.1, "n_refits": 1}
 
 
 def _no_nan(name: str) -> None:

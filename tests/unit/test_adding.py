@@ -238,7 +238,9 @@ def test_a_baseline_runs_in_its_stage(tmp_path: Path, monkeypatch: pytest.Monkey
         "class_balanced",
         *(
             tmp_path / name
-            for name in ("settings", "images.zarr", "samples.parquet", "base.safetensors", "models", "out")
+            for name in (
+                *("settings", "images.zarr", "samples.parquet", "masks.zarr", "base.safetensors", "models", "out"),
+            )
         ),
     )
     assert sorted(file.name for file in (tmp_path / "models" / "class_balanced").iterdir()) == [

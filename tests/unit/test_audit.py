@@ -5,6 +5,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from lvlmva_core import audit
+from lvlmva_core.diffuse import diffuse_warning
 from lvlmva_core.errors import InputError
 from lvlmva_core.report.audit_page import AuditContent, render_audit
 
@@ -109,6 +110,13 @@ def test_corners_that_a_model_ignores_are_not_accused() -> None:
 
 def test_a_model_that_is_no_better_than_the_commonest_class_is_said() -> None:
     assert "hardly fits" in audit.verdict_of([], [], ["a", "b"], 0.5, 0.5).headline
+
+
+def test_diffuse_attribution_stands_out_and_is_said_first() -> None:
+    groups, _ = _toy(corner=0.0, middle=0.6)
+    verdict = audit.verdict_of(groups, [], ["a", "b"], 0.95, 0.5, diffuse_warning(0.95))
+    assert (verdict.stands_out, verdict.headline) == (True, "Look closer: attribution is diffuse.")
+    assert verdict.points[0].startswith("Attribution is diffuse: 90% of it takes 95% of the pixels")
 
 
 def test_grouping_does_not_depend_on_the_order_of_the_samples() -> None:

@@ -55,7 +55,7 @@ def test_numbers_are_read_as_dvc_reads_them(tmp_path: Path) -> None:
         (("alignn", {}), r"unknown key 'alignn'; did you mean 'align'\?"),
         (("methods.rrr_gt.epoch", 1), r"unknown key 'methods\.rrr_gt\.epoch'; did you mean 'epochs'\?"),
         (("methods.random_mask", {}), r"unknown key 'methods\.random_mask'; did you mean 'random_masks'\?"),
-        (("retrained.lvlm_va", {}), r"unknown key 'retrained\.lvlm_va'; known here: jtt, subg, dfr"),
+        (("retrained.lvlm_va", {}), r"unknown key 'retrained\.lvlm_va'; known here: jtt, subg, dfr, "),
         (("methods.lvlm_va", ...), r"methods: 'lvlm_va', which all others are compared with, is missing"),
         (("align.seeds", [0, 0]), r"'align\.seeds' = \[0, 0\].*each seed must stand there once"),
         (("align.alignment_batch", 10000), r"alignment_batch = 10000 is larger than the alignment set"),
@@ -69,7 +69,7 @@ def test_numbers_are_read_as_dvc_reads_them(tmp_path: Path) -> None:
         (("compute.device", "gpu"), r"'compute\.device' = 'gpu'"),
         (("prepare.dataset", "cats"), r"'prepare\.dataset' = 'cats': expected one of decoy_digits, decoy_mnist, "),
         (("prepare.dataset", ...), r"key 'prepare\.dataset' is missing"),
-        (("prepare.knee", {}), r"unknown key 'prepare\.knee'; known keys: dataset, root, seed"),
+        (("prepare.knee", {}), r"unknown key 'prepare\.knee'; known keys: dataset, root, seed, shortcut"),
         (("prepare", {"dataset": "knee", "seed": 0, "image_size": 64}), r"key 'prepare\.knee' is missing"),
         (
             ("prepare", {"dataset": "knee", "seed": 0, "image_size": 9, "knee": {}}),
@@ -283,16 +283,16 @@ def test_a_mistake_in_a_critic_is_named_without_what_may_be_secret(
             r"retrained\.subg needs group labels .*remove 'subg' from `retrained`",
         ),
         (
-            [("retrained", {"dfr": {"split": "val", "c_grid": [1.0]}})],
+            [("retrained", {"dfr": {"split": "val", "c": 1.0}})],
             False,
             True,
             r"retrained\.dfr needs group labels .*remove 'dfr'",
         ),
         (
-            [("retrained", {"jtt": {"first_epochs": [1], "up": [5], "rule": "worst_group"}})],
+            [("retrained", {"jtt": {"first_epochs": 1, "up": 5, "selection": {"rule": "worst_group"}}})],
             False,
             True,
-            r"retrained\.jtt: the rule worst_group needs group labels .*set it to accuracy",
+            r"retrained\.jtt: the rule worst_group needs group labels .*set it to pseudo_group, which needs none",
         ),
         (
             [("align.selection", {"rule": "worst_group"})],

@@ -30,7 +30,7 @@ LAYERS = [
     ["segmentation", "segmenters", "segmentations", "render"],
     ["lvlm"],
     ["masks", "controls", "planting", "calibration"],
-    ["metrics"],
+    ["metrics", "diffuse"],
     ["alignment", "baselines"],
     ["outputs", "evaluation", "classifier_check", "export", "audit"],
     ["patterns"],

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
+from lvlmva_core.lvlm.cases import Case
+from lvlmva_core.lvlm.critic import criticise
 from lvlmva_core.lvlm.offline import central_stroke, criticise_by_oracle, criticise_by_rules, judge_by_rules
+from lvlmva_core.lvlm.settings import OracleCritic
 from lvlmva_core.regions import overlaps, regions_present, segmentation_digest
 from lvlmva_core.render import COLOUR_NAMES
 
@@ -162,6 +166,60 @@ def test_the_oracle_errs_at_the_set_rates_and_more_where_the_rate_is_higher() ->
     assert same_accepted == accepted
     assert _wrong(0.1, 0.3, seed=1)[0] != rejected
     assert _wrong(0.0, 1.0) == (set(), set(range(4000)))
+
+
+def _errors(kind: Any, rates: tuple[float, float]) -> tuple[list[Case], set[tuple[int, int]]]:
+    """60 pictures of six classes, half of each spurious, regions of many sizes; which (sample, region) is wrong."""
+    cases = []
+    for n in range(60):
+        segments = np.zeros((10, 10), np.uint8)
+        segments.ravel()[: 1 + n] = 1  # a region of 1 to 60 pixels, and the rest
+        mask = np.zeros((10, 10), bool)
+        mask.ravel()[: (1 + n) if n % 2 else 0] = True
+        cases.append(
+            Case(f"s{n}", f"class {n % 6}", np.zeros((1, 10, 10), np.uint8), segments, "ok", np.ones((10, 10)), mask)
+        )
+    config = OracleCritic(
+        critic="oracle",
+        prompts="x",
+        overlap="any",
+        false_positive_rate=rates[0],
+        false_negative_rate=rates[1],
+        errors=kind,
+    )
+    wrong = set()
+    for n, row in enumerate(criticise(config, cases)):
+        assert row.settings["errors"] == kind
+        for region, verdict in judge_by_rules(row.critique or "", [0, 1]).items():
+            if verdict != ("no" if region == 1 and n % 2 else "yes"):
+                wrong.add((n, region))
+    return cases, wrong
+
+
+@pytest.mark.parametrize("kind", ["small_regions", "large_regions"])
+def test_errors_by_size_fall_on_the_smallest_or_largest_of_both_kinds_at_the_set_rates(kind: str) -> None:
+    cases, wrong = _errors(kind, (0.2, 0.4))
+    sizes = {(n, region): (case.segments == region).sum() for n, case in enumerate(cases) for region in (0, 1)}
+    spurious = [(n, 1) for n in range(1, 60, 2)]
+    for kinds, rate in ((spurious, 0.4), ([key for key in sizes if key not in spurious], 0.2)):
+        judged_wrong = [sizes[key] for key in kinds if key in wrong]
+        judged_right = [sizes[key] for key in kinds if key not in wrong]
+        assert len(judged_wrong) == round(rate * len(kinds))
+        if kind == "small_regions":
+            assert max(judged_wrong) <= min(judged_right)
+        else:
+            assert min(judged_wrong) >= max(judged_right)
+    assert wrong < _errors(kind, (0.3, 0.5))[1]
+
+
+def test_errors_by_class_fall_on_whole_classes() -> None:
+    _, wrong = _errors("by_class", (0.5, 0.5))
+    wrong_of = {k: sum(n % 6 == k for n, _ in wrong) for k in range(6)}
+    assert sorted(wrong_of.values()) == [0, 0, 0, 20, 20, 20]
+    _, some = _errors("by_class", (0.25, 0.25))
+    assert sorted(sum(n % 6 == k for n, _ in some) for k in range(6))[:4] == [0, 0, 0, 0]
+    assert some < wrong
+    assert 20 < len(some) < 40  # one class, and some of the next
 
 
 @pytest.mark.parametrize(

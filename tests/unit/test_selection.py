@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lvlmva_core.alignment.selection import best_lambda, by_accuracy, by_pseudo_group, by_worst_group
+from lvlmva_core.alignment.selection import at_edge, best_lambda, by_accuracy, by_pseudo_group, by_worst_group
 from lvlmva_core.errors import InputError
 from lvlmva_core.metrics import group_accuracies
 
@@ -87,3 +87,27 @@ def test_a_class_without_donors_has_only_its_images_as_they_are() -> None:
 def test_the_best_lambda_has_the_highest_mean_and_of_equals_the_smallest() -> None:
     assert best_lambda({10.0: [0.2, 0.8], 0.1: [0.5, 0.5], 1.0: [0.1, 0.9]}) == 0.1
     assert best_lambda({0.1: [0.2, 0.8], 1.0: [0.9, 0.2]}) == 1.0
+
+
+def test_a_choice_is_at_the_edge_where_nothing_beyond_was_tried() -> None:
+    grid = {"a": [3, 1, 2], "b": [3, 1, 2], "c": [3, 1, 2], "d": [1, 2], "e": [7]}
+    assert at_edge({"a": 1, "b": 2, "c": 3, "d": 1, "e": 7}, grid) == {"a": "lowest", "c": "highest"}
+
+
+def test_some_of_the_pictures_can_be_scored_alone() -> None:
+    """As DFR needs, which is fitted on one half of the validation split."""
+    images, labels, spurious, logits = _split()
+    masks = torch.ones((20, 2, 3), dtype=torch.bool)
+    donors, donor_labels, _, _ = _split(1, 20)
+    pseudo = by_pseudo_group(images, labels, donors, donor_labels, masks, seed=0)
+    assert torch.equal(pseudo.rows, torch.arange(60).repeat(2))
+    half = torch.arange(60) % 2 == 0
+    of_half = by_worst_group(images[half], labels[half], spurious[half])
+    assert by_worst_group(images, labels, spurious).score(logits, half) == of_half.score(logits[half])
+    twice = half[pseudo.rows]
+    alone = by_pseudo_group(images, labels, donors, donor_labels, masks, seed=0)
+    worst = min(
+        float((logits.repeat(2, 1).argmax(1) == alone.labels)[twice & (alone.groups == g)].double().mean())
+        for g in alone.groups[twice].unique()
+    )
+    assert pseudo.score(logits.repeat(2, 1), twice) == pytest.approx(worst)

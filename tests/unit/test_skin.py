@@ -7,6 +7,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from lvlmva_core.datasets import Dataset
+from lvlmva_core.datasets.shortcuts import Shortcut
 from lvlmva_core.datasets.skin import Skin, SkinPrepare, add_bandage
 from lvlmva_core.errors import InputError
 from lvlmva_core.samples import TWINS
@@ -104,6 +105,26 @@ def test_twins_are_the_test_pictures_with_the_bandage_there_or_gone(root: Path) 
         differ = (data.images[twin] != data.images[row]).any(axis=0)
         assert differ.any()
         assert not (differ & ~(data.spurious_masks[row] | data.spurious_masks[twin])).any()
+
+
+def test_a_shortcut_stands_in_the_place_of_bandages_on_the_same_pictures(root: Path) -> None:
+    plain = _prepare(root)
+    cast = Shortcut(kind="colour_cast", side=1.0)
+    data = _prepare(root, SMALL.model_copy(update={"shortcut": cast}))
+    assert data.samples[["id", "label", "spurious"]].equals(plain.samples[["id", "label", "spurious"]])
+    has = data.samples["spurious"].to_numpy()
+    assert (data.images[~has] == plain.images[~has]).all()
+    assert data.spurious_masks[has].all()
+    assert not data.spurious_masks[~has].any()
+    red, green, blue = data.images[has][:, :, 0, 31].astype(int).T  # skin of 200, far from the lesion
+    assert (red == 255).all()
+    assert np.abs(green - 200).max() <= 1
+    assert np.abs(blue - 140).max() <= 1
+    assert "colour_cast" in data.spurious_feature
+    with pytest.raises(ValidationError, match="set bandages to pasted"):
+        Skin.model_validate(
+            {**SMALL.model_dump(), "bandages": "real", "bandage_share_malignant": 0.0, "shortcut": cast}
+        )
 
 
 def _donor(data: Dataset, row: int, root: Path) -> int:

@@ -138,7 +138,7 @@ def test_the_command_prints_what_the_rows_hold(found: tuple[pd.DataFrame, pd.Dat
 @pytest.mark.parametrize("file", PAGES, ids=lambda file: file.stem)
 def test_the_page_shows_the_tables_of_the_rows(file: Path) -> None:
     rows = file.with_name(file.name.replace("_compared", ""))
-    page = (ROOT / "docs/study.md").read_text(encoding="utf-8")
+    page = "".join(each.read_text(encoding="utf-8") for each in sorted((ROOT / "docs").glob("*.md")))
     shown = re.search(rf"<!-- lvlmva tables docs/results/{rows.name} -->\n(.*?)<!-- end -->", page, re.DOTALL)
     assert shown is not None
     assert shown[1] == CliRunner().invoke(app, ["tables", str(rows)]).stdout
@@ -169,3 +169,19 @@ def test_a_study_goes_on_where_it_was_killed(
     said = capsys.readouterr().out.splitlines()
     assert [line.split("; ")[1].split(",")[0] for line in said] == [f"{n} of {len(work)}" for n in range(1, 24)]
     assert said[-1].endswith("about 0 min left")
+
+
+def test_the_methods_of_the_literature_are_a_family_of_their_own() -> None:
+    samples = _samples()
+    effects = {BASE: 2.0, "lambda_zero": 1.9, "random_masks": 1.5, "lvlm_va": 0.1, "jtt": 1.8, "dfr": 0.9}
+    models = {
+        str(base): {
+            name: _outputs(samples, effect, [""] if name == BASE else ["0", "1"], base)
+            for name, effect in effects.items()
+        }
+        for base in range(2)
+    }
+    reliance = compared(models, samples, draws=300).query("measure == 'reliance'")
+    assert reliance["against"].tolist() == [BASE, "lambda_zero", "random_masks", "jtt", "dfr"]
+    assert reliance["p"].to_numpy() == pytest.approx(2 / 301)
+    assert reliance["p_holm"].tolist() == pytest.approx([6 / 301] * 3 + [4 / 301] * 2)
