@@ -46,7 +46,7 @@ def main() -> None:
             clone = _clone("HEAD", Path(folder))
             two_at_a_time.append(_seconds([*COMMAND, "repro", "--jobs", "2"], clone))
     sys.stdout.write(
-        f"{_table(rounds, nothing, starts, two_at_a_time)}\n\nMedians of {arguments.rounds} rounds, in turn, from an "
+        f"{_table(rounds, nothing, starts, two_at_a_time)}\n\nMedians of {arguments.rounds} round(s), in turn, from an "
         f"empty store; before: {arguments.against}, by `dvc repro`; Python {platform.python_version()}, "
         f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} at the end; "
         f"{datetime.date.today().isoformat()}.\n"

@@ -190,6 +190,7 @@ def write_report(folder: Path) -> tuple[Path, Gallery]:
         folder / "overrides",
         data / "masks.zarr",
         folder / "mask.json",
+        data / "attributions.zarr",
     )
     names = ("images.zarr", "samples.parquet", "segments.zarr", "attributions.zarr", "alignment_set.parquet")
     paths = [data / name for name in (*names, "reliance.zarr", "critiques.jsonl", "verdicts.jsonl")]
