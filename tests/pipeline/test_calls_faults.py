@@ -258,8 +258,8 @@ def test_a_key_that_stops_working_ends_the_run_before_all_have_failed(tmp_path: 
     server.set(faults=[None] * 5, always="unauthorized", keep=False)
     said = run(here, CRITIQUE, environment(tmp_path / "store"), code=1)
     assert "refuses the API key" in said.splitlines()[-1]
-    # five answers and ten refusals in a row; the last answer may be slow and come among them, up to after the ninth, which
-    # begins the row anew; and one call may be under way beside the last refusal
+    # five answers and ten refusals in a row; the last answer may be slow and come among them, as late as after the
+    # ninth, which begins the row anew; and one call may be under way beside the last refusal
     assert 15 <= len(server.log()) <= 5 + 9 + 10 + 1
 
 
