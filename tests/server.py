@@ -114,7 +114,7 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(200, {})
             return
         with STATE.lock:
-            fault = STATE.control["faults"].pop(0) if STATE.control["faults"] else STATE.control["always"]
+            fault = _next_fault(body)
             entry = {
                 "path": self.path,
                 "headers": dict(self.headers),
@@ -325,7 +325,7 @@ class Handler(BaseHTTPRequestHandler):
         elif name == "bad":
             entries = _entries(body)
             self.reply(200, self.completion(body, text=BAD_ANSWERS[argument](entries)))
-        elif name == "no_capacity" and body.get("service_tier") == "flex":
+        elif name == "no_capacity":
             self.error(429, "Resource unavailable", code="resource_unavailable")
         else:
             self.reply(200, self.completion(body))
@@ -376,6 +376,16 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
         if hasattr(self, "entry"):
             self.entry |= {"paid": 200 <= status < 300, "sent": time.monotonic()}
+
+
+def _next_fault(body: dict[str, Any]) -> Any:
+    """What goes wrong with this request; STATE.lock is held. Only the cheap tier runs out of capacity."""
+    faults = STATE.control["faults"]
+    if not faults:
+        return STATE.control["always"]
+    if faults[0] == "no_capacity" and body.get("service_tier") != "flex":
+        return None
+    return faults.pop(0)
 
 
 def _asked(body: dict[str, Any]) -> str:
