@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.machine import cpu_model
 from lvlmva_core.align_settings import AlignSettings
 from lvlmva_core.alignment import AlignedRun, align_ensemble
 from lvlmva_core.compute import set_up_compute
@@ -390,14 +391,9 @@ def main() -> None:
 
 
 def _machine(device: torch.device, threads: int) -> str:
-    cpu: Any = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
-        cpu = names[0] if names else cpu
     graphics = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
     return (
-        f"{os.cpu_count()} cores, {cpu}{graphics}; {threads} thread(s); Python {platform.python_version()}, "
+        f"{os.cpu_count()} cores, {cpu_model()}{graphics}; {threads} thread(s); Python {platform.python_version()}, "
         f"torch {torch.__version__}."
     )
 

@@ -11,6 +11,7 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import resource
 import statistics
@@ -26,6 +27,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from benchmarks.machine import cpu_model
 from lvlmva_core.attribution import explain
 from lvlmva_core.attribution.deep_lift import attribute_pairs
 from lvlmva_core.attribution.rules import CONSTANT_OPS, RULES
@@ -234,9 +236,7 @@ def _line(name: str, row: dict[str, float], best: dict[str, float]) -> str:
 def processor(device: str) -> str:
     if device != "cpu":
         return torch.cuda.get_device_name(torch.device(device))
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{len(names)} cores of {names[0]}"
+    return f"{os.cpu_count()} cores of {cpu_model()}"
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.trials import CORRECTIONS, LAMBDA_ZERO, Trial, differences, values_of
-from lvlmva.tables import END
+from lvlmva.tables import put_tables
 from lvlmva_core.errors import InputError
 from lvlmva_core.methods import METHODS
 from lvlmva_core.outputs import BASE, Outputs
@@ -34,7 +34,7 @@ ERRORS = {
 MEASURES = {"reliance": "reliance", "wga": "WGA", "accuracy": "accuracy"}
 ROWS, COMPARED = Path("docs/results/critic_errors.csv"), Path("docs/results/critic_errors_differences.csv")
 PAGE, IMAGES = Path("docs/critic_errors.md"), Path("docs/images")
-START = "<!-- python -m benchmarks.critic_errors --report -->\n"
+COMMAND = "python -m benchmarks.critic_errors --report"
 # LVLM-VA's critics on knee (its recall) and USD per million input tokens, as the paper gives them
 CRITICS = {
     "GPT-5": (1.0, 1.25),
@@ -190,11 +190,7 @@ def report() -> None:
         heat_maps(compared, errors).savefig(
             IMAGES / f"critic_errors_{errors}.png", dpi=110, metadata={"Software": None}
         )
-    before, found, rest = PAGE.read_text(encoding="utf-8").partition(START)
-    _, closed, after = rest.partition(END)
-    if not found or not closed:
-        raise InputError(f"{PAGE}: no '{START.strip()}' with a '{END}' after it")
-    PAGE.write_text(before + START + tables(pd.read_csv(ROWS), compared) + END + after, encoding="utf-8")
+    put_tables(PAGE, COMMAND, tables(pd.read_csv(ROWS), compared))
 
 
 def tables(rows: pd.DataFrame, compared: pd.DataFrame) -> str:

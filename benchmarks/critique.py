@@ -17,6 +17,7 @@ from pathlib import Path
 
 import openai
 
+from benchmarks.machine import cpu_model
 from lvlmva.params import Critique, load_params
 from lvlmva_core.arrays import read_array
 from lvlmva_core.lvlm.calls import Call
@@ -104,14 +105,9 @@ def main() -> None:
     sys.stdout.write("\n".join(lines) + "\n\n")
     load = os.getloadavg()[0]
     sys.stdout.write(
-        f"Medians of {rounds} rounds; Python {platform.python_version()}, {os.cpu_count()} cores ({_cpu()}), "
+        f"Medians of {rounds} rounds; Python {platform.python_version()}, {os.cpu_count()} cores ({cpu_model()}), "
         f"load average {load:.1f} at the end.\n"
     )
-
-
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

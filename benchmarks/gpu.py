@@ -24,6 +24,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.machine import cpu_model
+
 Record = dict[str, Any]
 
 ENOUGH = 15.0  # seconds: with less left, a part is not begun
@@ -261,10 +263,7 @@ def describe_machine() -> dict[str, str]:
             facts["gpu"] = "nvidia-smi does not answer"
         else:
             facts["gpu"] = (asked.stdout or asked.stderr).strip().replace("\n", "; ")
-    info = Path("/proc/cpuinfo")
-    names = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    cpu = next((line.partition(":")[2].strip() for line in names if line.startswith("model name")), platform.machine())
-    facts |= {"processor": f"{os.cpu_count()} cores, {cpu}", "python": platform.python_version()}
+    facts |= {"processor": f"{os.cpu_count()} cores, {cpu_model()}", "python": platform.python_version()}
     for name in DISTRIBUTIONS:
         try:
             facts[name] = importlib.metadata.version(name)

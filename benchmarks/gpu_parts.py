@@ -7,7 +7,6 @@ is missing on a machine costs that part alone.
 """
 
 import argparse
-import contextlib
 import functools
 import json
 import math
@@ -18,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -265,31 +264,18 @@ def attribution_float32(options: argparse.Namespace) -> Answer:
 @part("attribution.tf32")
 def attribution_tf32(options: argparse.Namespace) -> Answer:
     """Convolutions and matrix products in TF32: what is refused by default, and what that costs."""
+    from lvlmva_core.attribution.deep_lift import products_in
+
     scene = _Scene(options)
 
     def way(size: int) -> Row:
         clock = scene.clock()
-        with _tf32():
+        with products_in("tf32"):
             took, maps = clock.time(lambda: _by_parts(scene, scene.model, scene.x, scene.b, size))
         return scene.row(took, clock, maps)
 
     notes = [] if scene.device.type == "cuda" else ["There is no TF32 on a processor: these rows are float32."]
     return rows_of({f"ours, TF32, {size} pairs at once": lambda s=size: way(s) for size in scene.sizes}, notes, options)
-
-
-@contextlib.contextmanager
-def _tf32() -> Iterator[None]:
-    import torch
-
-    settings: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
-    before = [each.fp32_precision for each in settings]
-    try:
-        for each in settings:
-            each.fp32_precision = "tf32"
-        yield
-    finally:
-        for each, precision in zip(settings, before, strict=True):
-            each.fp32_precision = precision
 
 
 @part("attribution.bfloat16")

@@ -17,7 +17,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from benchmarks.trials import CORRECTIONS, LAMBDA_ZERO, Trial, differences, values_of
-from lvlmva.tables import END
+from lvlmva.tables import put_tables
 from lvlmva_core.arrays import read_array
 from lvlmva_core.diffuse import diffuse_share
 from lvlmva_core.errors import InputError
@@ -38,7 +38,7 @@ LOCAL, GLOBAL = 0.125, 0.5  # of the picture: a support up to the one has a plac
 MEASURES = {"reliance": "reliance", "wga": "WGA", "accuracy": "accuracy"}
 ROWS, COMPARED = Path("docs/results/supports.csv"), Path("docs/results/supports_differences.csv")
 PAGE, FIGURE = Path("docs/supports.md"), Path("docs/images/supports.png")
-START = "<!-- python -m benchmarks.supports --report -->\n"
+COMMAND = "python -m benchmarks.supports --report"
 
 
 def trials_of(folder: Path, kind: str, side: int, bases: int) -> list[Trial]:
@@ -206,11 +206,7 @@ def report() -> None:
     """Write the figure, and the tables into the page."""
     rows, compared = pd.read_csv(ROWS), pd.read_csv(COMPARED)
     by_support(rows, compared).savefig(FIGURE, dpi=110, metadata={"Software": None})
-    before, found, rest = PAGE.read_text(encoding="utf-8").partition(START)
-    _, closed, after = rest.partition(END)
-    if not found or not closed:
-        raise InputError(f"{PAGE}: no '{START.strip()}' with a '{END}' after it")
-    PAGE.write_text(before + START + tables(rows, compared) + END + after, encoding="utf-8")
+    put_tables(PAGE, COMMAND, tables(rows, compared))
 
 
 def main() -> None:

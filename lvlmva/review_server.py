@@ -67,8 +67,7 @@ class Review:
         """The application, to stand behind a Guard."""
         return Starlette(
             routes=[
-                Route("/", self._index),
-                *(route for route in page_routes(FOLDER) if route.path not in ("/", "/index.html")),
+                *page_routes(FOLDER, index=self._index),
                 *SpecificationPage(self._content.known).routes(),
                 Route("/api/page", self._page),
                 Route("/api/found", self._found),

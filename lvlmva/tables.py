@@ -24,7 +24,13 @@ def tables(
     if page is None:
         typer.echo(made, nl=False)
         return
-    start = f"<!-- lvlmva tables {rows} -->\n"
+    put_tables(page, f"lvlmva tables {rows}", made)
+
+
+def put_tables(page: Path, command: str, made: str) -> None:
+    """Put tables into a page, between `<!-- <command> -->` and `<!-- end -->`. Raises InputError where either is
+    missing."""
+    start = f"<!-- {command} -->\n"
     before, found, rest = page.read_text(encoding="utf-8").partition(start)
     _, closed, after = rest.partition(END)
     if not found or not closed:

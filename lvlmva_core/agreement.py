@@ -7,7 +7,7 @@ import numpy as np
 
 
 def wilson_interval(successes: int, total: int, *, level: float = 0.95) -> tuple[float, float] | None:
-    """Score interval of a share (Wilson 1927, Journal of the American Statistical Association 22, 209-212).
+    """Score interval of a share, by scipy (Wilson 1927, Journal of the American Statistical Association 22, 209-212).
 
     It takes the answers for independent; several of one person or about one sample are not, and it is too narrow then.
 
@@ -25,17 +25,14 @@ def wilson_interval(successes: int, total: int, *, level: float = 0.95) -> tuple
         >>> round(low, 4), round(high, 4)
         (0.2553, 0.3662)
     """
-    from statistics import NormalDist
+    from scipy.stats import binomtest
 
     if not 0 <= successes <= total or not 0 < level < 1:
         raise ValueError(f"{successes} of {total} at level {level}; expected 0 <= successes <= total and 0 < level < 1")
     if total == 0:
         return None
-    z2 = NormalDist().inv_cdf((1 + level) / 2) ** 2
-    share = successes / total
-    middle = (share + z2 / (2 * total)) / (1 + z2 / total)
-    half = np.sqrt(z2 * (share * (1 - share) / total + z2 / (4 * total**2))) / (1 + z2 / total)
-    return max(0.0, float(middle - half)), min(1.0, float(middle + half))
+    found = binomtest(successes, total).proportion_ci(level, method="wilson")
+    return float(found.low), float(found.high)
 
 
 def cohen_kappa(one: Sequence[Hashable], other: Sequence[Hashable]) -> float | None:

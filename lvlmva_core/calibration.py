@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import pandas as pd
 
+from lvlmva_core.agreement import wilson_interval
 from lvlmva_core.errors import InputError
 from lvlmva_core.lvlm.budget import cost_usd, price_is_known
 from lvlmva_core.lvlm.calls import Record
@@ -216,18 +217,9 @@ def regions_table(items: Sequence[Item], verdicts: Sequence[VerdictRow], rule: O
 
 def proportion(hits: int, total: int) -> dict[str, float | int | None]:
     """hits, total, share and its 95 % interval by Wilson's score (scipy): low, high. None without any."""
-    if total == 0:
-        return {"hits": 0, "total": 0, "share": None, "low": None, "high": None}
-    from scipy.stats import binomtest
-
-    interval = binomtest(hits, total).proportion_ci(CONFIDENCE, method="wilson")
-    return {
-        "hits": hits,
-        "total": total,
-        "share": hits / total,
-        "low": float(interval.low),
-        "high": float(interval.high),
-    }
+    interval = wilson_interval(hits, total, level=CONFIDENCE)
+    low, high = interval or (None, None)
+    return {"hits": hits, "total": total, "share": hits / total if total else None, "low": low, "high": high}
 
 
 def quality(table: pd.DataFrame) -> dict[str, Any]:

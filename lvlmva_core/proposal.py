@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lvlmva_core.corrections import Judged
 from lvlmva_core.lvlm.calls import Call, Message
-from lvlmva_core.lvlm.client import sampling_parameters, transport_parameters
+from lvlmva_core.lvlm.client import call_of
 from lvlmva_core.lvlm.judge import fence_of
 from lvlmva_core.lvlm.prompts import Prompts, Specification
 from lvlmva_core.lvlm.settings import Endpoint
@@ -47,15 +47,7 @@ def proposal_call(
         total=len(corrections),
         fence=fence_of(lines).replace("CRITIQUE", "CORRECTIONS"),
     )
-    messages = (Message("user", (text,)),)
-    return Call(
-        endpoint.model,
-        endpoint.revision,
-        messages,
-        sampling_parameters(endpoint),
-        index,
-        transport_parameters(endpoint),
-    )
+    return call_of(endpoint, [Message("user", (text,))], index)
 
 
 def read_proposal(text: str, now: Specification) -> Proposal:

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -245,15 +245,22 @@ def full_precision(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
+    with products_in("ieee"):
+        yield
+
+
+@contextmanager
+def products_in(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
+    """A GPU's convolutions and matrix products of float32 in that precision; what stood before is restored."""
     settings: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
     before = [each.fp32_precision for each in settings]
     try:
         for each in settings:
-            each.fp32_precision = "ieee"
+            each.fp32_precision = precision
         yield
     finally:
-        for each, precision in zip(settings, before, strict=True):
-            each.fp32_precision = precision
+        for each, own in zip(settings, before, strict=True):
+            each.fp32_precision = own
 
 
 def attribute_pairs(tape: Tape, baseline: Tape, targets: Tensor) -> Tensor:

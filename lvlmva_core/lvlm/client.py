@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from lvlmva_core.errors import InputError
 from lvlmva_core.lvlm.budget import Budget, Spent, estimate_input_tokens, is_short
-from lvlmva_core.lvlm.calls import KIND, Call, CallStore, Record, answer_text, make_record, said, why_unusable
+from lvlmva_core.lvlm.calls import KIND, Call, CallStore, Message, Record, answer_text, make_record, said, why_unusable
 from lvlmva_core.lvlm.redact import printable, remove_secret
 from lvlmva_core.lvlm.replies import (
     FILTERED,
@@ -117,6 +117,18 @@ def transport_parameters(endpoint: Endpoint) -> dict[str, Any]:
     """The fields of a request's body that change price or transport, and not what is asked."""
     own = {} if endpoint.service_tier is None else {"service_tier": endpoint.service_tier}
     return {**{name: value for name, value in endpoint.extra_body.items() if name in TRANSPORT}, **own}
+
+
+def call_of(
+    endpoint: Endpoint, messages: Sequence[Message], index: int, parameters: Mapping[str, Any] | None = None
+) -> Call:
+    """What asks the model behind an endpoint.
+
+    Args:
+        index: 0 for the first answer, then 1, 2, ... parameters: in the place of `sampling_parameters`.
+    """
+    sent = sampling_parameters(endpoint) if parameters is None else dict(parameters)
+    return Call(endpoint.model, endpoint.revision, tuple(messages), sent, index, transport_parameters(endpoint))
 
 
 def model_name(endpoint: Endpoint) -> str:

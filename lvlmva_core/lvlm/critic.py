@@ -13,9 +13,8 @@ from lvlmva_core.lvlm.client import (
     CallFailedError,
     NotInStoreError,
     UnusableAnswerError,
+    call_of,
     model_name,
-    sampling_parameters,
-    transport_parameters,
 )
 from lvlmva_core.lvlm.offline import CRITICS
 from lvlmva_core.lvlm.prompts import Prompts
@@ -57,15 +56,7 @@ def critic_call(
         ("Picture 1, the image:", "Picture 2, the regions:", "Picture 3, both:"), shown, strict=True
     ):
         parts += [title, Picture(pixels, endpoint.image_detail)]
-    messages = (Message("user", tuple(parts)),)
-    return Call(
-        endpoint.model,
-        endpoint.revision,
-        messages,
-        sampling_parameters(endpoint),
-        index,
-        transport_parameters(endpoint),
-    )
+    return call_of(endpoint, [Message("user", tuple(parts))], index)
 
 
 def critic_text(prompts: Prompts, class_name: str, colours: list[str], *, name_spurious_feature: bool) -> str:

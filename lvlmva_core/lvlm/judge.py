@@ -14,9 +14,9 @@ from lvlmva_core.lvlm.client import (
     CallFailedError,
     NotInStoreError,
     UnusableAnswerError,
+    call_of,
     model_name,
     sampling_parameters,
-    transport_parameters,
 )
 from lvlmva_core.lvlm.offline import JUDGES
 from lvlmva_core.lvlm.prompts import Prompts
@@ -68,9 +68,7 @@ def judge_call(
     for answer, problem in earlier:
         again = AGAIN.format(problem=problem, colours=", ".join(colours))
         turns += [Message("assistant", (answer,)), Message("user", (again,))]
-    return Call(
-        endpoint.model, endpoint.revision, tuple(turns), parameters, len(earlier), transport_parameters(endpoint)
-    )
+    return call_of(endpoint, turns, len(earlier), parameters)
 
 
 def judge_text(prompts: Prompts, critique: str, colours: list[str]) -> str:

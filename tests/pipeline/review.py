@@ -180,8 +180,8 @@ class ReviewServer:
         return said
 
 
-def write_report(folder: Path) -> tuple[Path, Gallery]:
-    """The project's report as one file, without what is measured after alignment; the stage `mask` runs before it."""
+def run_mask(folder: Path) -> None:
+    """The stage `mask`, on a project of `write_project`."""
     data = folder / "data"
     mask(
         folder / "params.yaml",
@@ -192,6 +192,12 @@ def write_report(folder: Path) -> tuple[Path, Gallery]:
         folder / "mask.json",
         data / "attributions.zarr",
     )
+
+
+def write_report(folder: Path) -> tuple[Path, Gallery]:
+    """The project's report as one file, without what is measured after alignment; the stage `mask` runs before it."""
+    data = folder / "data"
+    run_mask(folder)
     names = ("images.zarr", "samples.parquet", "segments.zarr", "attributions.zarr", "alignment_set.parquet")
     paths = [data / name for name in (*names, "reliance.zarr", "critiques.jsonl", "verdicts.jsonl")]
     said = resolve(read_reviews(folder / "overrides").events)

@@ -1,8 +1,6 @@
 """The report opened from disk in a real Chromium: it loads nothing, is filtered, and is reviewed into a CSV."""
 
 import csv
-import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,20 +15,10 @@ from lvlmva_core.report.findings import page_data
 from lvlmva_core.report.gallery import Gallery
 from lvlmva_core.report.page import Page, render_page
 from lvlmva_core.report.thumbnails import thumbnails
+from tests.pipeline.browser import CHROMIUM, barriers
 from tests.pipeline.review import COUNT, LONG, NASTY, SIDE, write_project, write_report
-from tests.pipeline.test_review_browser import barriers
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian: apt-get install chromium)")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield running
-        running.close()
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,7 @@ from lvlmva_core.arrays import read_array, read_json
 from lvlmva_core.overrides import Verdict, add_verdict, standing, take_back
 from lvlmva_core.regions import segmentation_digest
 from lvlmva_core.report.tables import corrected_by
-from stages.mask import mask
-from tests.pipeline.review import COUNT, LONG, PAGE, SIDE, ReviewServer, write_project
+from tests.pipeline.review import COUNT, LONG, PAGE, SIDE, ReviewServer, run_mask, write_project
 
 
 @pytest.fixture(scope="module")
@@ -292,15 +291,7 @@ def test_the_masks_follow_the_reviewers(tmp_path: Path, capsys: pytest.CaptureFi
         add_verdict(folder / "overrides", key, verdict, "", reviewer)
     take_back(folder / "overrides", 5, "anna")
     data = folder / "data"
-    mask(
-        folder / "params.yaml",
-        data / "segments.zarr",
-        data / "verdicts.jsonl",
-        folder / "overrides",
-        data / "masks.zarr",
-        folder / "mask.json",
-        data / "attributions.zarr",
-    )
+    run_mask(folder)
     expected = {0: {0, 2}, 1: set(), 2: {2}, 3: set(), 4: {2}, 5: {2}}
     masks = read_array(data / "masks.zarr", "masks")
     for place, rejected in expected.items():

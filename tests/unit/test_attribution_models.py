@@ -2,7 +2,6 @@
 
 import copy
 import warnings
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -16,13 +15,7 @@ from lvlmva_core.attribution import deep_lift_shap, explain, gradient
 from lvlmva_core.efficientnet_lite import EfficientNetLite0
 from lvlmva_core.testing.attribution import TOLERANCE, assert_close
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def digits(count: int, side: int) -> tuple[Tensor, Tensor]:

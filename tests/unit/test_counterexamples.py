@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -345,14 +344,6 @@ def _effect(model: nn.Module) -> float:
         with_spot, without = (model(_toy(9, 400, torch.full((400,), has))[0]) for has in (True, False))
     change = (with_spot[:, 1] - with_spot[:, 0]) - (without[:, 1] - without[:, 0])
     return float(change.mean() / (without[:, 1] - without[:, 0]).std())
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.usefixtures("one_thread")  # the models are too small to gain from more

@@ -1,7 +1,7 @@
 """The conformance suites of `lvlmva_core.testing`: all that exists passes, and what is broken on purpose is caught."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -35,14 +35,7 @@ from lvlmva_core.testing.store import StoreTests
 from tests.unit.conformance import complaints
 from tests.unit.test_segmentation_methods import tiny_sam
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors here are too small for threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---------------------------------------------------------------------------------------------------------- segmenters
