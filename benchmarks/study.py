@@ -44,7 +44,12 @@ CHANGES: dict[str, tuple[str, ...]] = {  # laid over the preset; why: docs/study
         *("critique.critic=oracle", "critique.false_negative_rate=0.13", "critique.false_positive_rate=0.05"),
     ),
     "knee": ("critique.false_negative_rate=0.13", "critique.false_positive_rate=0.0045"),
-    "skin": ("critique.false_negative_rate=0.13", "critique.false_positive_rate=0.01", "align.selection=null"),
+    "skin": (
+        "critique.false_negative_rate=0.13",
+        "critique.false_positive_rate=0.01",
+        "align.selection=null",
+        "retrained={}",
+    ),
 }
 # for every experiment: what a study does not report is not measured at length
 BRIEF = ("exchange.n_held_out=1", "exchange.n_donors=1", "evaluate.robustness=false")
