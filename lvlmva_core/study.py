@@ -45,6 +45,7 @@ CONTROLS = {
     "lvlm_va_both": ("both_random_masks", "both_class_matched"),
 }
 LAMBDA_ZERO = "lambda_zero"
+BOUND = "rrr_gt"  # true masks: what a correction by verdicts can be held against
 # measure -> whether more is better
 MEASURES = {"reliance": False, "wga": True, "accuracy": True}
 
@@ -77,8 +78,8 @@ def rows_of(values: Mapping[str, Runs]) -> pd.DataFrame:
 
 
 def compared(models: Models, samples: pd.DataFrame, *, draws: int = 2000, seed: int = 0) -> pd.DataFrame:
-    """Each method of CONTROLS against base, λ = 0 and its best control, by each of MEASURES; and the paper's correction
-    against the methods of the literature that are there, a family of its own.
+    """Each method of CONTROLS against base, λ = 0 and its best control, by each of MEASURES. Families of their own: the
+    paper's correction against the methods of the literature that are there, and each method against BOUND if it is.
 
     Only bases count that have every method which is compared. The best control is the one of the best mean (reliance:
     the smallest absolute), chosen anew for each measure on these very models, which favours the control.
@@ -94,7 +95,7 @@ def compared(models: Models, samples: pd.DataFrame, *, draws: int = 2000, seed: 
     table = []
     for subject, controls in CONTROLS.items():
         literature = [name for name, method in METHODS.items() if method.kind == "retrained" and subject == SUBJECT]
-        known = (BASE, LAMBDA_ZERO, *controls, *literature)
+        known = (BASE, LAMBDA_ZERO, *controls, *literature, BOUND)
         wanted = [name for name in known if any(name in of for of in models.values())]
         complete = {base: of for base, of in models.items() if {subject, *wanted} <= of.keys()}
         if not complete or BASE not in wanted or LAMBDA_ZERO not in wanted:
@@ -105,7 +106,11 @@ def compared(models: Models, samples: pd.DataFrame, *, draws: int = 2000, seed: 
             better = max if MEASURES[measure] else min
             there = [name for name in controls if name in wanted]
             best = [better(there, key=lambda name: means[name])] if there else []
-            for others in ([BASE, LAMBDA_ZERO, *best], [name for name in literature if name in wanted]):
+            for others in (
+                [BASE, LAMBDA_ZERO, *best],
+                [name for name in literature if name in wanted],
+                [BOUND] if BOUND in wanted else [],
+            ):
                 family = {}
                 for other in others:
                     found = drawn_differences(stacked[subject], stacked[other], statistic, draws, seed)
