@@ -124,7 +124,7 @@ def write_rows(trials: Sequence[Trial], kinds: Sequence[str]) -> None:
     for file, made in ((ROWS, rows), (COMPARED, compared)):
         table = pd.DataFrame(made)
         if file.exists():
-            there = pd.read_csv(file, keep_default_na=False)
+            there = pd.read_csv(file).fillna({"errors": ""})
             table = pd.concat([table, there[there["errors"].isin([each for each in ERRORS if each not in kinds])]])
         order = ["", *ERRORS]
         table = table.sort_values("errors", key=lambda column: column.map(order.index), kind="stable")
