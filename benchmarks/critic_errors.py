@@ -17,7 +17,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.trials import CORRECTIONS, LAMBDA_ZERO, Trial, differences, values_of
+from benchmarks.trials import CORRECTIONS, LAMBDA_ZERO, Trial, differences, values_of, write_table
 from lvlmva.tables import put_tables
 from lvlmva_core.errors import InputError
 from lvlmva_core.methods import METHODS
@@ -96,7 +96,7 @@ def _name(method: str, cell: Cell) -> str:
 def write_rows(trials: Sequence[Trial], kinds: Sequence[str]) -> None:
     """Of every complete cell a row a model, and a row for each difference to the base and to λ = 0.
 
-    Rows of other kinds of errors stay as they are in the files: they may have been made elsewhere.
+    Rows of other kinds of errors stay as they are in the files.
     """
     wanted = {cell: [_name(method, cell) for method in CORRECTIONS] for cell in cells() if cell[0] in kinds}
     done = [
@@ -120,15 +120,8 @@ def write_rows(trials: Sequence[Trial], kinds: Sequence[str]) -> None:
                 for name, (value, low, high) in differences(trials[0], found, others).items():
                     of = {"method": method, "against": against, "measure": name}
                     compared.append({**told, **of, "difference": value, "low": low, "high": high})
-    ROWS.parent.mkdir(exist_ok=True)
     for file, made in ((ROWS, rows), (COMPARED, compared)):
-        table = pd.DataFrame(made)
-        if file.exists():
-            there = pd.read_csv(file).fillna({"errors": ""})
-            table = pd.concat([table, there[there["errors"].isin([each for each in ERRORS if each not in kinds])]])
-        order = ["", *ERRORS]
-        table = table.sort_values("errors", key=lambda column: column.map(order.index), kind="stable")
-        table.to_csv(file, index=False, float_format="%.6f")
+        write_table(file, made, ["errors"], ["", *ERRORS])
 
 
 def grid_of(compared: pd.DataFrame, errors: str, method: str, measure: str, column: str, against: str) -> np.ndarray:
