@@ -66,13 +66,24 @@ def share_done(file: Path) -> float:
         return 0.0
 
 
-def _told(items: Iterable[T], total: int | None) -> Iterator[T]:
+def tell() -> Callable[[int, int | None], None]:
+    """What to call, now and then, with how much is done and the total: keeps the file up to date, if there is one."""
     file, told = os.environ.get(FILE), 0.0
-    for done, item in enumerate(items, start=1):
-        yield item
+
+    def note(done: int, total: int | None) -> None:
+        nonlocal told
         if file and total and time.monotonic() - told >= TOLD_S:
             told = time.monotonic()
             Path(file).write_text(f"{done / total:.4f}", encoding="ascii")
+
+    return note
+
+
+def _told(items: Iterable[T], total: int | None) -> Iterator[T]:
+    note = tell()
+    for done, item in enumerate(items, start=1):
+        yield item
+        note(done, total)
 
 
 def _lines(items: Iterable[T], description: str, total: int | None) -> Iterator[T]:
