@@ -19,7 +19,7 @@ from lvlmva.hydrate import open_store
 from lvlmva.kept import compute_some, missing, take_in_committed
 from lvlmva.params import load_params
 from lvlmva.pipeline import command_of
-from lvlmva.several import JudgeSettings, name_of
+from lvlmva.several import JudgeSettings, criticise_all, name_of
 from lvlmva_core.leases import LEASE_S, Leases
 from lvlmva_core.lvlm.cases import Case
 from lvlmva_core.lvlm.settings import ModelCritic, ModelJudge, Several
@@ -141,24 +141,34 @@ def _worked(store: Store, rows: Rows, keys: list[str], chunks: list[int], lease_
         chunks = later
 
 
-def part_of(
-    critic: Several, judge: JudgeSettings, cases: Sequence[Case], share: str
-) -> tuple[Several, JudgeSettings, Sequence[Case]]:
-    """What one worker of the stage critique is to do: settings with its part of every limit, and its part of the cases.
+def buy(
+    critic: Several,
+    judge: JudgeSettings,
+    cases: Sequence[Case],
+    class_names: list[str],
+    prompts: Path,
+    out: Path,
+    *,
+    share: str,
+) -> None:
+    """Buy what critics are asked about a share of the cases, with the share's part of every limit.
 
-    The parts of `max_calls` and `max_cost_usd` of all shares add up to what params say. No case is left where no model
-    is asked: what stand-ins and detectors say is not kept.
+    The parts of `max_calls` and `max_cost_usd` of all shares add up to what params say. Where no model is asked there
+    is nothing to do: what stand-ins and detectors say is not kept in the store.
+
+    Args:
+        critic, judge, class_names, prompts, out: as for `criticise_all`. cases: of all shares. share: "i/n".
 
     Raises:
-        InputError: there is no such share.
+        InputError: there is no such share, or as `criticise_all` does.
     """
     mine = read_share(share)
     part = [cases[place] for place in mine.places(len(cases), 1)]
     if not any(isinstance(each, ModelCritic) for each in critic.all_critics()):
         sys.stderr.write(f"critique {mine}: '{name_of(critic)}' is no model; nothing to buy\n")
-        return critic, judge, []
-    sys.stderr.write(f"critique {mine}: {len(part)} of {len(cases)} samples, with 1/{mine.of} of each limit\n")
-    return _limited(critic, mine), _limited(judge, mine), part
+        return
+    sys.stderr.write(f"critique {mine}: {len(part)} of {len(cases)} samples, and 1/{mine.of} of each limit\n")
+    criticise_all(_limited(critic, mine), _limited(judge, mine), part, class_names, prompts, out, dry_run=False)
 
 
 def _limited(config: Asked, share: Share) -> Asked:

@@ -5,6 +5,7 @@ from pathlib import Path
 from lvlmva.entry import run
 from lvlmva.kept import kept_or_computed
 from lvlmva.params import load_params
+from lvlmva.work import fill
 from lvlmva_core import attribution_maps as maps
 from lvlmva_core.arrays import ArrayWriter, write_json
 from lvlmva_core.compute import set_up_compute
@@ -18,8 +19,9 @@ def attribute(
     base: Path,
     attributions: Path,
     attribute_metrics: Path,
+    share: str | None = None,
 ) -> None:
-    """Explain the ground-truth logit of every alignment sample."""
+    """Explain the ground-truth logit of every alignment sample. share: "i/n", only puts that part into the store."""
     loaded = load_params(params)
     method = loaded.attribute
     device = set_up_compute(loaded.compute.device, loaded.compute.threads)
@@ -32,6 +34,9 @@ def attribute(
         own_model=loaded.train.model,
         device=device,
     )
+    if share is not None:
+        fill(found.rows, attributions, records_in=maps.records_in, stage="attribute", share=share)
+        return
     keys, records = kept_or_computed(found.rows, attributions, records_in=maps.records_in, stage="attribute")
     with ArrayWriter(attributions) as writer:
         summary = maps.write_maps(writer, method, found.rows.ids, records)

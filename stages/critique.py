@@ -9,7 +9,7 @@ import lvlmva_core.lvlm.offline  # noqa: F401 - so that dvc.yaml names what the 
 from lvlmva.entry import run
 from lvlmva.params import load_params
 from lvlmva.several import criticise_all, name_of, needs_truth
-from lvlmva.work import part_of
+from lvlmva.work import buy
 from lvlmva_core.independence import read_independent
 from lvlmva_core.lvlm.cases import read_cases
 from lvlmva_core.lvlm.not_asked import cases_to_ask, summarise_not_asked, with_not_asked
@@ -30,18 +30,21 @@ def critique(
     export_batch: Path | None = None,
     share: str | None = None,
 ) -> None:
-    """Have the regions of each alignment sample criticised; of a share of them only, which fills the store alone."""
+    """Have the regions of each alignment sample criticised. share: "i/n", only puts that part into the store."""
     loaded = load_params(params)
-    config, judge = loaded.critique, loaded.judge
+    config = loaded.critique
     with_truth = needs_truth(config)
     cases, class_names = read_cases(images, samples, segments, attributions, spurious_masks, with_truth=with_truth)
     at_most, asked = config.independent_at_most, cases
     if at_most is not None:
         asked = cases_to_ask(cases, read_independent(reliance, [case.sample for case in cases], at_most))
     if share is not None:
-        config, judge, asked = part_of(config, judge, asked, share)
-    rows = criticise_all(config, judge, asked, class_names, prompts, critiques, dry_run=dry_run, batch=export_batch)
-    if dry_run or export_batch or share is not None:
+        buy(config, loaded.judge, asked, class_names, prompts, critiques, share=share)
+        return
+    rows = criticise_all(
+        config, loaded.judge, asked, class_names, prompts, critiques, dry_run=dry_run, batch=export_batch
+    )
+    if dry_run or export_batch:
         return
     if at_most is not None:
         rows = with_not_asked(rows, cases, critic=name_of(config), at_most=at_most, calls=config.first_calls())

@@ -5,21 +5,31 @@ from pathlib import Path
 from lvlmva.entry import run
 from lvlmva.kept import kept_or_computed
 from lvlmva.params import load_params
+from lvlmva.work import fill
 from lvlmva_core import segmentations
 from lvlmva_core.arrays import ArrayWriter, write_json
 from lvlmva_core.compute import set_up_compute
 
 
 def segment(
-    params: Path, attributions: Path, images: Path, samples: Path, segments: Path, segment_metrics: Path
+    params: Path,
+    attributions: Path,
+    images: Path,
+    samples: Path,
+    segments: Path,
+    segment_metrics: Path,
+    share: str | None = None,
 ) -> None:
-    """Cut each attribution map into regions."""
+    """Cut each attribution map into regions. share: "i/n", only puts that part into the store."""
     loaded = load_params(params)
     segmenter = loaded.segment
     device = set_up_compute(loaded.compute.device, loaded.compute.threads)
     rows = segmentations.rows_of_maps(
         segmenter, attributions=attributions, images=images, samples=samples, device=device
     )
+    if share is not None:
+        fill(rows, segments, records_in=segmentations.records_in, stage="segment", share=share)
+        return
     keys, records = kept_or_computed(rows, segments, records_in=segmentations.records_in, stage="segment")
     with ArrayWriter(segments) as writer:
         status, summary = segmentations.write_segmentations(writer, segmenter, records)
