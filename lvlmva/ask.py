@@ -38,6 +38,7 @@ from lvlmva_core.lvlm.judge import Judged, ask_judge, judge_call, row_of_judged
 from lvlmva_core.lvlm.prompts import load_critic_prompts, load_judge_prompts
 from lvlmva_core.lvlm.records import CritiqueRow, VerdictRow
 from lvlmva_core.lvlm.settings import Endpoint, ModelCritic, ModelJudge
+from lvlmva_core.progress import tell
 from lvlmva_core.store import canonical_json
 
 T = TypeVar("T")
@@ -539,8 +540,15 @@ async def _run(
 @contextlib.contextmanager
 def _progress(client: Client, total: int) -> Iterator[Callable[[], None]]:
     """A bar with rate, remaining time and cost so far, on a terminal only."""
+    completed, note = 0, tell()
     if not sys.stderr.isatty():
-        yield lambda: None
+
+        def told() -> None:
+            nonlocal completed
+            completed += 1
+            note(completed, total)
+
+        yield told
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -556,7 +564,6 @@ def _progress(client: Client, total: int) -> Iterator[Callable[[], None]]:
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(client.section, total=total, rate=0.0, cost=0.0)
         started = time.monotonic()
-        completed = 0
 
         def done() -> None:
             nonlocal completed

@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from lvlmva.ask import confirm_host, short_inputs
 from lvlmva.calls import changed_params
 from lvlmva.hydrate import open_store
 from lvlmva.params import load_params
+from lvlmva.pipeline import command_of
 from lvlmva_core.errors import InputError
 from lvlmva_core.lvlm.batches import (
     Batch,
@@ -48,13 +48,9 @@ def export_batch(
     params: Params = PARAMS,
 ) -> None:
     """Write the calls that the store lacks as files for a Batch API or `vllm run-batch`; nothing is sent."""
-    from dvc.repo import Repo
-
     with tempfile.TemporaryDirectory() as temporary:
         copy = changed_params(params, Path(temporary), changes or [])
-        with Repo() as repo:
-            command = str(repo.stage.load_one(name=stage).cmd)
-        words = [sys.executable, *shlex.split(command)[1:], "--params", str(copy), "--export-batch", str(folder)]
+        words = [sys.executable, *command_of(stage)[1:], "--params", str(copy), "--export-batch", str(folder)]
         done = subprocess.run(words, check=False)
     if done.returncode:
         raise typer.Exit(done.returncode)

@@ -1,6 +1,5 @@
 """How good a critic is on the user's pictures: `lvlmva calibrate` plants shortcuts and asks about them."""
 
-import functools
 import json
 import sys
 import tempfile
@@ -207,30 +206,25 @@ def _regions(
         shown = Split(
             torch.from_numpy(to_unit_range(pictures)).to(device), torch.tensor(labels, dtype=torch.int64).to(device)
         )
-        records = kept_or_computed(
-            maps.KIND,
-            maps.map_keys(method, classifier, spec, baselines, shown),
-            OUT,
-            records_in=maps.records_in,
-            compute=functools.partial(maps.explain_rows, method, classifier, baselines, shown),
-            chunk=maps.CHUNK,
-            stage="calibrate",
-        )
-        attributions = maps.arrays_of(method, ids, records)["attributions"]
+
+        def read(places: Sequence[int]) -> Split:
+            return Split(shown.images[list(places)], shown.labels[list(places)])
+
+        explained = maps.rows_to_explain(method, classifier, spec, baselines, ids, read)
+        _, records = kept_or_computed(explained, OUT, records_in=maps.records_in, stage="calibrate")
+        found = list(records)
+        maps.check_completeness(method, ids, np.concatenate([record["completeness_error"] for record in found]))
+        attributions = np.stack([record["attribution"] for record in found])
     else:
         segmenter = Grid(n_regions=loaded.segment.n_regions)
         attributions = np.ones((len(items), *pictures.shape[2:]), dtype=np.float32)
-    read = pictures if segmenter.reads_images else None
-    records = kept_or_computed(
-        segmentations.KIND,
-        segmentations.segmentation_keys(segmenter, attributions, read),
-        OUT,
-        records_in=segmentations.records_in,
-        compute=functools.partial(segmentations.segment_rows, segmenter, attributions, read, ids, device),
-        chunk=segmentations.CHUNK,
-        stage="calibrate",
+    rows = segmentations.rows_to_segment(
+        segmenter, ids, lambda places: attributions[list(places)], lambda places: pictures[list(places)], device
     )
-    return segmentations.arrays_of(records)[0]["segments"], attributions, from_model
+    _, records = kept_or_computed(rows, OUT, records_in=segmentations.records_in, stage="calibrate")
+    cut = list(records)
+    segmentations.check_some([str(record["status"]) for record in cut])
+    return np.stack([record["segments"] for record in cut]), attributions, from_model
 
 
 def _ask(

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,7 @@ import typer
 from lvlmva.ask import allow_host
 from lvlmva.changes import apply_changes
 from lvlmva.hydrate import open_store
-from lvlmva.pipeline import paths
+from lvlmva.pipeline import command_of, paths
 from lvlmva_core.errors import InputError
 from lvlmva_core.lvlm.calls import KIND, CallStore, Record, check_record, created
 from lvlmva_core.lvlm.records import NO_CRITIQUE, NO_VERDICT, CritiqueRow, Row, VerdictRow, read_rows
@@ -112,14 +111,10 @@ def plan(
 
     The judge's plan is for the critiques that are there: new critiques need new verdicts, one call each or more.
     """
-    from dvc.repo import Repo
-
     with tempfile.TemporaryDirectory() as folder:
         copy = changed_params(params, Path(folder), changes or [])
-        with Repo() as repo:
-            commands = [str(repo.stage.load_one(name=stage).cmd) for stage in ("critique", "judge")]
-        for command in commands:
-            words = [sys.executable, *shlex.split(command)[1:], "--params", str(copy), "--dry-run"]
+        for stage in ("critique", "judge"):
+            words = [sys.executable, *command_of(stage)[1:], "--params", str(copy), "--dry-run"]
             done = subprocess.run(words, check=False)
             if done.returncode:
                 raise typer.Exit(done.returncode)

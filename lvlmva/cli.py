@@ -22,6 +22,7 @@ from lvlmva.review import review
 from lvlmva.study import study
 from lvlmva.sweep import sweep
 from lvlmva.tables import tables
+from lvlmva.work import work
 from lvlmva_core.errors import InputError
 
 
@@ -43,6 +44,7 @@ app.command()(new)
 app.command()(check)
 app.command()(preset)
 app.command()(repro)
+app.command()(work)
 app.command()(calibrate)
 app.command()(results)
 app.command("explain")(explain_sample)

@@ -6,6 +6,7 @@ DVC does not follow imports. What a stage imports, directly or not, is written i
 import ast
 import io
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,6 +32,22 @@ def paths(pipeline: Path = PIPELINE) -> dict[str, str]:
         if isinstance(entry, dict)
         for name, path in entry.get("paths", {}).items()
     }
+
+
+def command_of(stage: str) -> list[str]:
+    """The words of a stage's command, as DVC would run it: python, -m, its module, and what dvc.yaml gives it.
+
+    Raises:
+        InputError: the current folder is not in a DVC project, or its dvc.yaml has no such stage.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        with Repo() as repo:
+            return shlex.split(str(repo.stage.load_one(name=stage).cmd))
+    except DvcException as error:
+        raise InputError(f"{Path.cwd()}: {error}") from error
 
 
 def code_of(module: str, root: Path) -> list[str]:

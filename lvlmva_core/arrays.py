@@ -109,10 +109,9 @@ def read_array(path: Path, name: str, rows: np.ndarray | slice | None = None) ->
     import zarr
 
     try:
-        array = zarr.open_group(str(path), mode="r")[name]
-        if not isinstance(array, zarr.Array):
-            raise KeyError(name)
-        missing = math.ceil(array.shape[0] / SHARD_ROWS) - _count_shards(path / name)
+        # not by its group, whose attributes may be long: as many ids as there are rows
+        array = zarr.open_array(str(path / name), mode="r")
+        missing = _missing_shards(path / name, array.shape, rows)
         if missing:
             raise InputError(f"{path}: array '{name}' lacks {missing} of its shard files; {_REPAIR}")
         if rows is None:
@@ -196,8 +195,14 @@ def _chunk_rows(array: np.ndarray) -> int:
     return 1 << (min(max(fitting, 1), SHARD_ROWS).bit_length() - 1)
 
 
-def _count_shards(folder: Path) -> int:
-    return sum(1 for file in (folder / "c").rglob("*") if file.is_file())
+def _missing_shards(folder: Path, shape: tuple[int, ...], rows: np.ndarray | slice | None) -> int:
+    """How many of the shards that hold `rows` have no file; zarr would read these as zeros."""
+    if isinstance(rows, np.ndarray):
+        touched = np.unique((np.flatnonzero(rows) if rows.dtype == bool else rows) // SHARD_ROWS).tolist()
+    else:
+        whole = range(shape[0])[rows or slice(None)]
+        touched = list(range(whole.start // SHARD_ROWS, math.ceil(whole.stop / SHARD_ROWS))) if len(whole) else []
+    return sum(not (folder / "c" / "/".join([str(shard), *"0" * (len(shape) - 1)])).is_file() for shard in touched)
 
 
 def _dump(content: Any, indent: int | None = None) -> str:

@@ -1,19 +1,23 @@
 """Attribution maps of an alignment set: what each is kept under, how they are computed, checked and counted."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lvlmva_core.arrays import read_array, read_attrs
+from lvlmva_core.arrays import ArrayWriter, read_array, read_attrs, read_table
 from lvlmva_core.attribution_methods import AttributionMethod
 from lvlmva_core.errors import InputError
-from lvlmva_core.models import ModelSpec, weights_digest
-from lvlmva_core.samples import Split
+from lvlmva_core.models import ModelSpec, load_checkpoint, weights_digest
+from lvlmva_core.rows import Rows, shards_of, stacked
+from lvlmva_core.samples import Split, read_samples, rows_of_ids, rows_of_split
+from lvlmva_core.splits import read_rows
 from lvlmva_core.store import Record, digest
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 KIND = "attributions"  # of the store
@@ -32,10 +36,20 @@ def draw_baselines(training: np.ndarray, n_baselines: int, seed: int) -> np.ndar
     return np.sort(np.random.default_rng(seed).choice(training, n_baselines, replace=False))
 
 
-def map_keys(
-    method: AttributionMethod, model: "nn.Module", spec: ModelSpec, baselines: "Tensor", shown: Split
-) -> list[str]:
-    """What the map of each sample is kept under: a digest of all that changes it."""
+def rows_to_explain(
+    method: AttributionMethod,
+    model: "nn.Module",
+    spec: ModelSpec,
+    baselines: "Tensor",
+    ids: Sequence[str],
+    read: Callable[[Sequence[int]], Split],
+) -> Rows:
+    """The map of each sample: under a digest of all that changes it, a record "attribution" (H, W), channels summed,
+    and "completeness_error" (1,).
+
+    Args:
+        baselines: float32 (R, C, H, W). ids: of N samples. read: places (0..N-1) -> these samples.
+    """
     common = digest(
         {
             "method": method.method,
@@ -46,62 +60,102 @@ def map_keys(
             "baselines": baselines.cpu().numpy(),
         }
     )
-    return [
-        digest({"common": common, "image": image.cpu().numpy(), "target": int(label)})
-        for image, label in zip(shown.images, shown.labels, strict=True)
-    ]
+
+    def keys_of(places: Sequence[int]) -> list[str]:
+        shown = read(places)
+        return [
+            digest({"common": common, "image": image.cpu().numpy(), "target": int(label)})
+            for image, label in zip(shown.images, shown.labels, strict=True)
+        ]
+
+    def compute(places: Sequence[int]) -> list[Record]:
+        shown = read(places)
+        found = method.explain(model, shown.images, baselines, shown.labels)
+        maps, errors = found.attributions.sum(1).cpu().numpy(), found.completeness_error().cpu().numpy()
+        return [{"attribution": maps[n], "completeness_error": errors[n : n + 1]} for n in range(len(places))]
+
+    return Rows(KIND, ids, CHUNK, keys_of, compute)
 
 
-def explain_rows(
-    method: AttributionMethod, model: "nn.Module", baselines: "Tensor", shown: Split, rows: Sequence[int]
-) -> list[Record]:
-    """A record for each of these samples: "attribution" (H, W), channels summed, and "completeness_error" (1,)."""
-    rows = list(rows)
-    found = method.explain(model, shown.images[rows], baselines, shown.labels[rows])
-    maps, errors = found.attributions.sum(1).cpu().numpy(), found.completeness_error().cpu().numpy()
-    return [{"attribution": maps[place], "completeness_error": errors[place : place + 1]} for place in range(len(rows))]
+@dataclass(frozen=True)
+class ToExplain:
+    """The alignment samples' maps, by rising id. targets: the logit that is explained of each. baseline_ids: rising."""
+
+    rows: Rows
+    targets: list[int]
+    baseline_ids: list[str]
+
+
+def rows_of_alignment_set(
+    method: AttributionMethod,
+    *,
+    images: Path,
+    samples: Path,
+    alignment_set: Path,
+    base: Path,
+    own_model: str | None,
+    device: "torch.device",
+) -> ToExplain:
+    """`rows_to_explain` of the ground-truth logit of the alignment set, from files of which no more is read than is
+    asked for. own_model: `train.model`, where its builder is the user's own."""
+    model, spec = load_checkpoint(base, device, own_model)
+    table = read_samples(samples)
+    chosen = table.iloc[rows_of_ids(table, sorted(read_table(alignment_set, ["id"])["id"]))]
+    drawn = table.iloc[draw_baselines(rows_of_split(table, "train"), method.n_baselines, method.seed)]
+    baselines = read_rows(images, drawn, device).images
+
+    def read(places: Sequence[int]) -> Split:
+        return read_rows(images, chosen.iloc[np.asarray(places)], device)
+
+    rows = rows_to_explain(method, model, spec, baselines, chosen["id"].tolist(), read)
+    return ToExplain(rows, chosen["label"].tolist(), drawn["id"].tolist())
 
 
 def records_in(output: Path) -> Iterator[tuple[str, Record]]:
     """Key and record of every row of an earlier output."""
-    maps, errors = read_array(output, "attributions"), read_array(output, "completeness_error")
-    for n, key in enumerate(read_attrs(output)["keys"]):
-        yield key, {"attribution": maps[n], "completeness_error": errors[n : n + 1]}
+    keys = read_attrs(output)["keys"]
+    for shard in shards_of(len(keys)):
+        maps, errors = (read_array(output, name, shard) for name in ("attributions", "completeness_error"))
+        for n, key in enumerate(keys[shard]):
+            yield key, {"attribution": maps[n], "completeness_error": errors[n : n + 1]}
 
 
-def arrays_of(method: AttributionMethod, ids: Sequence[str], records: Sequence[Record]) -> dict[str, np.ndarray]:
-    """The output's arrays: attributions (N, H, W), completeness_error (N,).
+def write_maps(
+    writer: ArrayWriter, method: AttributionMethod, ids: Sequence[str], records: Iterable[Record]
+) -> dict[str, Any]:
+    """Append the output's arrays, attributions (N, H, W) and completeness_error (N,); what the metrics file says.
 
     Raises:
         InputError: maps of a complete method miss the difference of outputs by more than its tolerance.
     """
-    errors = np.concatenate([record["completeness_error"] for record in records])
-    if method.complete:
-        _check_completeness(method.completeness_tolerance, ids, errors)
+    found, without = [], 0
+    for part in stacked(records):
+        maps, errors = part["attribution"], part["completeness_error"][:, 0]
+        writer.append({"attributions": maps, "completeness_error": errors})
+        without += int((maps <= 0).all(axis=(1, 2)).sum())
+        found.append(errors)
+    errors = np.concatenate(found)
+    check_completeness(method, ids, errors)
     return {
-        "attributions": np.stack([record["attribution"] for record in records]),
-        "completeness_error": errors,
+        "method": method.method,
+        "n_samples": len(errors),
+        "max_completeness_error": float(errors.max()),
+        "mean_completeness_error": float(errors.mean()),
+        "n_without_positive_attribution": without,
     }
 
 
-def _check_completeness(tolerance: float, ids: Sequence[str], errors: np.ndarray) -> None:
+def check_completeness(method: AttributionMethod, ids: Sequence[str], errors: np.ndarray) -> None:
+    """Raise InputError where maps of a complete method miss the difference of outputs by more than its tolerance.
+
+    errors: (N,), a map's gap over the sum of its absolute attributions.
+    """
+    tolerance = method.completeness_tolerance
     worst = [n for n in np.argsort(-errors, kind="stable") if not errors[n] <= tolerance]
-    if worst:
+    if worst and method.complete:
         named = ", ".join(f"'{ids[n]}' ({errors[n]:.1e})" for n in worst[:NAMED])
         raise InputError(
             f"{len(worst)} of {len(ids)} maps miss the output difference by more than "
             f"attribute.completeness_tolerance {tolerance:g} of their absolute sum; "
             f"worst: {named}; check the model's weights (huge ones cancel badly) or raise the tolerance"
         )
-
-
-def summary_of(method: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """For the metrics file."""
-    errors = arrays["completeness_error"]
-    return {
-        "method": method,
-        "n_samples": len(errors),
-        "max_completeness_error": float(errors.max()),
-        "mean_completeness_error": float(errors.mean()),
-        "n_without_positive_attribution": int((arrays["attributions"] <= 0).all(axis=(1, 2)).sum()),
-    }

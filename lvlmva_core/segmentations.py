@@ -1,14 +1,16 @@
 """Segmentations of an alignment set: what each is kept under, how they are computed, and counted."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lvlmva_core.arrays import array_names, read_array, read_attrs
+from lvlmva_core.arrays import ArrayWriter, array_names, read_array, read_attrs
 from lvlmva_core.errors import InputError
+from lvlmva_core.rows import Rows, shards_of, stacked
+from lvlmva_core.samples import read_images, read_samples, rows_of_ids
 from lvlmva_core.segmenters import Segmenter
 from lvlmva_core.store import Record, digest
 
@@ -16,14 +18,22 @@ if TYPE_CHECKING:
     import torch
 
 KIND = "segmentations"  # of the store
+NOTHING = "no_positive_effect"  # status of a map that has nothing to segment
 CHUNK = 64  # samples that are segmented before they are put into the store: what a killed run loses at most
 
 
-def segmentation_keys(segmenter: Segmenter, maps: np.ndarray, pictures: np.ndarray | None) -> list[str]:
-    """What the segmentation of each map is kept under: a digest of all that changes it.
+def rows_to_segment(
+    segmenter: Segmenter,
+    ids: Sequence[str],
+    read_maps: Callable[[Sequence[int]], np.ndarray],
+    read_pictures: Callable[[Sequence[int]], np.ndarray],
+    device: "torch.device",
+) -> Rows:
+    """The segmentation of each sample's map: under a digest of all that changes it, the arrays of `Segmenter.segment`.
 
     Args:
-        maps: float32 (N, H, W). pictures: uint8 (N, C, H, W), or None where the segmenter doesn't read them.
+        ids: of N samples. read_maps, read_pictures: places (0..N-1) -> float32 (n, H, W), uint8 (n, C, H, W); pictures
+            are read only where the segmenter looks at them.
     """
     common = {
         "method": segmenter.method,
@@ -31,63 +41,88 @@ def segmentation_keys(segmenter: Segmenter, maps: np.ndarray, pictures: np.ndarr
         "n_regions": segmenter.n_regions,
         "settings": segmenter.kept_under(),
     }
-    return [
-        digest({**common, "attribution": maps[n], "image": None if pictures is None else pictures[n]})
-        for n in range(len(maps))
-    ]
+
+    def read(places: Sequence[int]) -> tuple[np.ndarray, np.ndarray | None]:
+        return read_maps(places), read_pictures(places) if segmenter.reads_images else None
+
+    def keys_of(places: Sequence[int]) -> list[str]:
+        maps, pictures = read(places)
+        return [
+            digest({**common, "attribution": maps[n], "image": None if pictures is None else pictures[n]})
+            for n in range(len(maps))
+        ]
+
+    def compute(places: Sequence[int]) -> list[Record]:
+        maps, pictures = read(places)
+        found = segmenter.segment(maps, pictures, [ids[place] for place in places], device)
+        return [{name: np.asarray(array[n]) for name, array in found.items()} for n in range(len(places))]
+
+    return Rows(KIND, ids, CHUNK, keys_of, compute)
 
 
-def segment_rows(
-    segmenter: Segmenter,
-    maps: np.ndarray,
-    pictures: np.ndarray | None,
-    ids: Sequence[str],
-    device: "torch.device",
-    rows: Sequence[int],
-) -> list[Record]:
-    """A record for each of these samples: the arrays of `Segmenter.segment`, a row each."""
-    chosen = np.asarray(rows)
-    shown = None if pictures is None else pictures[chosen]
-    found = segmenter.segment(maps[chosen], shown, [ids[n] for n in rows], device)
-    return [{name: np.asarray(array[place]) for name, array in found.items()} for place in range(len(rows))]
+def rows_of_maps(
+    segmenter: Segmenter, *, attributions: Path, images: Path, samples: Path, device: "torch.device"
+) -> Rows:
+    """`rows_to_segment` of an output of the stage attribute, from files of which no more is read than is asked for."""
+    ids = list(read_attrs(attributions)["ids"])
+    in_images = rows_of_ids(read_samples(samples), ids)
+
+    def read_maps(places: Sequence[int]) -> np.ndarray:
+        return read_array(attributions, "attributions", np.asarray(places))
+
+    def read_pictures(places: Sequence[int]) -> np.ndarray:
+        return read_images(images, in_images[np.asarray(places)])
+
+    return rows_to_segment(segmenter, ids, read_maps, read_pictures, device)
 
 
 def records_in(output: Path) -> Iterator[tuple[str, Record]]:
     """Key and record of every row of an earlier output."""
-    attrs = read_attrs(output)
-    arrays = {name: read_array(output, name) for name in array_names(output)}
-    for n, (key, state) in enumerate(zip(attrs["keys"], attrs["status"], strict=True)):
-        yield key, {"status": np.array(state), **{name: np.asarray(array[n]) for name, array in arrays.items()}}
+    attrs, names = read_attrs(output), array_names(output)
+    for shard in shards_of(len(attrs["keys"])):
+        arrays = {name: read_array(output, name, shard) for name in names}
+        for n, (key, state) in enumerate(zip(attrs["keys"][shard], attrs["status"][shard], strict=True)):
+            yield key, {"status": np.array(state), **{name: np.asarray(array[n]) for name, array in arrays.items()}}
 
 
-def arrays_of(records: Sequence[Record]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The output's arrays, and the status of each sample.
+def write_segmentations(
+    writer: ArrayWriter, segmenter: Segmenter, records: Iterable[Record]
+) -> tuple[list[str], dict[str, Any]]:
+    """Append the output's arrays; the status of each sample, and what the metrics file says.
 
     Raises:
         InputError: no sample has anything to segment.
     """
-    arrays = {name: np.stack([record[name] for record in records]) for name in sorted(records[0])}
-    status = [str(state) for state in arrays.pop("status")]
-    if set(status) == {"no_positive_effect"}:
-        raise InputError(
-            "no sample has any positive attribution, so that there is nothing to segment; check `attribute` and the "
-            "base model"
-        )
-    return arrays, status
-
-
-def summary_of(segmenter: Segmenter, arrays: dict[str, np.ndarray], status: Sequence[str]) -> dict[str, Any]:
-    """For the metrics file."""
-    used = [n for n, state in enumerate(status) if state != "no_positive_effect"]
-    present = [len(np.unique(arrays["segments"][n])) for n in used]
+    status: list[str] = []
+    present, likelihoods = 0, []
+    for part in stacked(records):
+        states = [str(state) for state in part.pop("status")]
+        writer.append(part)
+        used = [n for n, state in enumerate(states) if state != NOTHING]
+        present += sum(len(np.unique(part["segments"][n])) for n in used)
+        if "log_likelihood" in part:
+            likelihoods.append(part["log_likelihood"][used])
+        status += states
+    check_some(status)
+    counts = Counter(status)
+    n_used = len(status) - counts[NOTHING]
     summary: dict[str, Any] = {
         "method": segmenter.method,
         "n_regions": segmenter.n_regions,
         "samples": len(status),
-        "n_samples_left_out": len(status) - len(used),
-        "status": dict(sorted(Counter(status).items())),
-        "empty_regions": segmenter.n_regions * len(used) - sum(present),
+        "n_samples_left_out": counts[NOTHING],
+        "status": {state: count for state, count in sorted(counts.items()) if count},
+        "empty_regions": segmenter.n_regions * n_used - present,
     }
-    if "log_likelihood" in arrays:
-        summary["mean_log_likelihood_nats"] = float(arrays["log_likelihood"][used].mean())
-    return summary
+    if likelihoods:
+        summary["mean_log_likelihood_nats"] = float(np.concatenate(likelihoods).mean())
+    return status, summary
+
+
+def check_some(status: Sequence[str]) -> None:
+    """Raise InputError where no sample has anything to segment."""
+    if set(status) == {NOTHING}:
+        raise InputError(
+            "no sample has any positive attribution, so that there is nothing to segment; check `attribute` and the "
+            "base model"
+        )

@@ -11,12 +11,12 @@ from lvlmva_core.samples import Split, read_images, rows_of_ids, rows_of_split, 
 
 def read_split(images: Path, samples: pd.DataFrame, split: str, device: torch.device) -> Split:
     """All samples of a split, in the order of the table. Raises InputError where there is no such split."""
-    return _read(images, samples.iloc[rows_of_split(samples, split)], device)
+    return read_rows(images, samples.iloc[rows_of_split(samples, split)], device)
 
 
 def read_sample_rows(images: Path, samples: pd.DataFrame, ids: list[str], device: torch.device) -> Split:
     """Samples in the order of `ids`. Raises InputError naming the first that is not there."""
-    return _read(images, samples.iloc[rows_of_ids(samples, ids)], device)
+    return read_rows(images, samples.iloc[rows_of_ids(samples, ids)], device)
 
 
 def read_masked(
@@ -26,6 +26,7 @@ def read_masked(
     return read_sample_rows(images, samples, ids, device), torch.from_numpy(masks).to(device)
 
 
-def _read(images: Path, chosen: pd.DataFrame, device: torch.device) -> Split:
+def read_rows(images: Path, chosen: pd.DataFrame, device: torch.device) -> Split:
+    """These rows of the sample table, whose index is the row in images.zarr, in their order."""
     pixels = torch.from_numpy(to_unit_range(read_images(images, chosen.index.to_numpy())))
     return Split(pixels.to(device), torch.from_numpy(chosen["label"].to_numpy(copy=True)).to(device), chosen)

@@ -1,7 +1,9 @@
 """A content-addressed store: what was paid for or computed once, by the digest of what it came from.
 
 Records are files `<kind>/<first two digits>/<key>.<suffix>` below one folder. They are put if absent and never changed,
-expired or evicted; several processes may share a store. POSIX only (hard links, and flock by the library filelock).
+expired or evicted; several processes may share a store. POSIX only: hard links, and flock by the library filelock.
+Where the file system has no hard links, a record is put by a rename; where it has no locks, or keeps them to each
+machine, leases (`lvlmva_core.leases`) take their place. Either is said once.
 """
 
 import asyncio
@@ -15,16 +17,15 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import AsyncIterator, Iterator, Mapping
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from lvlmva_core.errors import InputError
-
-if TYPE_CHECKING:
-    from filelock import FileLock
+from lvlmva_core.leases import Leases, locks_are_local
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +34,12 @@ Record = dict[str, np.ndarray]  # what `Store.put_arrays` keeps under one key
 ARRAYS_SCHEMA = 1
 POLL_S = 0.05  # how often a lock is tried that another holds
 HYDRATED = "hydrated"  # folder of marks: which committed outputs the store has already taken in
+BY_LEASE = "lock_leases"  # folder: where it is there, all who use the store take leases in the place of locks
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 _KEY = re.compile(r"[0-9a-f]{64}")
 _KIND = re.compile(r"[a-z][a-z0-9_]*")
+_SAID: set[str] = set()
 
 
 def canonical_json(content: Any) -> bytes:
@@ -73,6 +78,7 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._locks_are_local: bool | None = None  # not looked yet
 
     def get_arrays(self, kind: str, key: str) -> dict[str, np.ndarray] | None:
         """Arrays of a record, or None where there is none.
@@ -107,10 +113,12 @@ class Store:
     def put_bytes(self, kind: str, key: str, suffix: str, content: bytes, *, replace: bool = False) -> bool:
         """Write a record durably unless it is there already: temporary file, fsync, hard link. Says whether it was new.
 
+        Without hard links it is renamed: of two that put the same key at the same moment, the last stands.
+
         replace: put it in the place of the one that is there; for two equally good answers, of which one has to stand.
 
         Raises:
-            InputError: the folder cannot be written, or its file system has no hard links.
+            InputError: the folder cannot be written.
         """
         path = self.path(kind, key, suffix)
         temporary = path.with_name(f".{key}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
@@ -124,7 +132,7 @@ class Store:
                 if replace:
                     temporary.replace(path)
                 else:
-                    os.link(temporary, path)
+                    self._put_if_absent(temporary, path)
             except FileExistsError:
                 return False
             sync_folder(path.parent)
@@ -173,44 +181,89 @@ class Store:
     @contextlib.contextmanager
     def lock(self, kind: str, key: str) -> Iterator[None]:
         """Hold the lock of a key against threads and processes; waits for it. A killed holder lets go of it."""
-        held = self._lock(kind, key, blocking=True)
-        assert held is not None
+        let_go = self._lock(kind, key, blocking=True)
+        assert let_go is not None
         try:
             yield
         finally:
-            self._let_go(held)
+            let_go()
 
     @contextlib.asynccontextmanager
     async def lock_async(self, kind: str, key: str) -> AsyncIterator[None]:
         """`lock` that leaves the event loop to others while it waits."""
-        while (held := self._lock(kind, key, blocking=False)) is None:
+        while (let_go := self._lock(kind, key, blocking=False)) is None:
             await asyncio.sleep(POLL_S)
         try:
             yield
         finally:
-            self._let_go(held)
+            let_go()
 
-    def _lock(self, kind: str, key: str, *, blocking: bool) -> "FileLock | None":
+    def _put_if_absent(self, temporary: Path, path: Path) -> None:
+        try:
+            os.link(temporary, path)
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            self._say_once("has no hard links; records are put there by renaming")
+            if path.exists():
+                raise FileExistsError from error
+            temporary.replace(path)
+
+    def _lock(self, kind: str, key: str, *, blocking: bool) -> Callable[[], None] | None:
+        """Take the lock of a key; what lets go of it, or None where another holds it and `blocking` is false."""
+        self._folder(kind, key)
+        try:
+            if not self._by_lease():
+                try:
+                    return self._file_lock(kind, key, blocking=blocking)
+                except OSError as error:
+                    if error.errno not in NO_LOCKS:
+                        raise
+                (self.root / BY_LEASE).mkdir(parents=True, exist_ok=True)
+            self._say_once("has no locks between machines; leases take their place")
+            leases = Leases(self.root / BY_LEASE)
+            while (lease := leases.take(f"{kind}-{key}")) is None:
+                if not blocking:
+                    return None
+                time.sleep(POLL_S)
+        except OSError as error:
+            raise _not_writable(self.root / "locks" / f"{kind}-{key}", error) from error
+        lease.start()
+        return lease.end
+
+    def _file_lock(self, kind: str, key: str, *, blocking: bool) -> Callable[[], None] | None:
         from filelock import FileLock, Timeout
 
-        self._folder(kind, key)
         path = self.root / "locks" / f"{kind}-{key}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # a soft lock would outlive a killed holder
+        lock = FileLock(path, thread_local=False, poll_interval=POLL_S, fallback_to_soft=False)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # a soft lock would outlive a killed holder
-            lock = FileLock(path, thread_local=False, poll_interval=POLL_S, fallback_to_soft=False)
             lock.acquire(blocking=blocking)
         except Timeout:
             return None
-        except OSError as error:
-            raise _not_writable(path, error) from error
-        return lock
 
-    @staticmethod
-    def _let_go(lock: "FileLock") -> None:
-        # while it is held: who waits for a file that has no name any more starts over (filelock looks)
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
+        def let_go() -> None:
+            # while it is held: who waits for a file that has no name any more starts over (filelock looks)
+            path.unlink(missing_ok=True)
+            lock.release()
+
+        return let_go
+
+    def _by_lease(self) -> bool:
+        """Whether leases take the place of locks here: one process has found locks not to hold, for all."""
+        folder = self.root / BY_LEASE
+        if self._locks_are_local is None:
+            self._locks_are_local = locks_are_local(self.root)
+            if self._locks_are_local:
+                folder.mkdir(parents=True, exist_ok=True)
+        return folder.is_dir()
+
+    def _say_once(self, what: str) -> None:
+        line = f"warning: {self.root}: the store's file system {what}"
+        if line not in _SAID:
+            _SAID.add(line)
+            log.warning(line)
 
     def _folder(self, kind: str, key: str) -> Path:
         if not _KIND.fullmatch(kind) or not _KEY.fullmatch(key):
@@ -222,8 +275,6 @@ def _not_writable(path: Path, error: OSError) -> InputError:
     remedy = "set LVLMVA_STORE to a folder that you may write"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         remedy = "make room, or set LVLMVA_STORE to a folder on another disk"
-    if error.errno in (errno.EPERM, errno.ENOTSUP):
-        remedy = "its file system has no hard links; set LVLMVA_STORE to a folder on one that has"
     return InputError(f"{path}: the store cannot be written ({error.strerror}); {remedy}")
 
 

@@ -9,6 +9,7 @@ import lvlmva_core.lvlm.offline  # noqa: F401 - so that dvc.yaml names what the 
 from lvlmva.entry import run
 from lvlmva.params import load_params
 from lvlmva.several import criticise_all, name_of, needs_truth
+from lvlmva.work import buy
 from lvlmva_core.independence import read_independent
 from lvlmva_core.lvlm.cases import read_cases
 from lvlmva_core.lvlm.not_asked import cases_to_ask, summarise_not_asked, with_not_asked
@@ -27,8 +28,9 @@ def critique(
     critiques: Path,
     dry_run: bool = False,
     export_batch: Path | None = None,
+    share: str | None = None,
 ) -> None:
-    """Have the regions of each alignment sample criticised."""
+    """Have the regions of each alignment sample criticised. share: "i/n", only puts that part into the store."""
     loaded = load_params(params)
     config = loaded.critique
     with_truth = needs_truth(config)
@@ -36,6 +38,9 @@ def critique(
     at_most, asked = config.independent_at_most, cases
     if at_most is not None:
         asked = cases_to_ask(cases, read_independent(reliance, [case.sample for case in cases], at_most))
+    if share is not None:
+        buy(config, loaded.judge, asked, class_names, prompts, critiques, share=share)
+        return
     rows = criticise_all(
         config, loaded.judge, asked, class_names, prompts, critiques, dry_run=dry_run, batch=export_batch
     )

@@ -1,49 +1,48 @@
 """Stage segment: attribution maps to regions."""
 
-import functools
 from pathlib import Path
 
 from lvlmva.entry import run
 from lvlmva.kept import kept_or_computed
 from lvlmva.params import load_params
+from lvlmva.work import fill
 from lvlmva_core import segmentations
-from lvlmva_core.arrays import read_array, read_attrs, write_arrays, write_json
+from lvlmva_core.arrays import ArrayWriter, write_json
 from lvlmva_core.compute import set_up_compute
-from lvlmva_core.samples import read_images, read_samples, rows_of_ids
 
 
 def segment(
-    params: Path, attributions: Path, images: Path, samples: Path, segments: Path, segment_metrics: Path
+    params: Path,
+    attributions: Path,
+    images: Path,
+    samples: Path,
+    segments: Path,
+    segment_metrics: Path,
+    share: str | None = None,
 ) -> None:
-    """Cut each attribution map into regions."""
+    """Cut each attribution map into regions. share: "i/n", only puts that part into the store."""
     loaded = load_params(params)
     segmenter = loaded.segment
     device = set_up_compute(loaded.compute.device, loaded.compute.threads)
-    ids = list(read_attrs(attributions)["ids"])
-    maps = read_array(attributions, "attributions")
-    pictures = read_images(images, rows_of_ids(read_samples(samples), ids)) if segmenter.reads_images else None
-    keys = segmentations.segmentation_keys(segmenter, maps, pictures)
-    records = kept_or_computed(
-        segmentations.KIND,
-        keys,
-        segments,
-        records_in=segmentations.records_in,
-        compute=functools.partial(segmentations.segment_rows, segmenter, maps, pictures, ids, device),
-        chunk=segmentations.CHUNK,
-        stage="segment",
+    rows = segmentations.rows_of_maps(
+        segmenter, attributions=attributions, images=images, samples=samples, device=device
     )
-    arrays, status = segmentations.arrays_of(records)
-    attrs = {
-        "ids": ids,
-        "keys": keys,
-        "status": status,
-        "method": segmenter.method,
-        "method_version": segmenter.version,
-        "n_regions": segmenter.n_regions,
-        "seed": segmenter.seed,
-    }
-    write_arrays(segments, arrays, attrs)
-    write_json(segment_metrics, {"segment": segmentations.summary_of(segmenter, arrays, status)})
+    if share is not None:
+        fill(rows, segments, records_in=segmentations.records_in, stage="segment", share=share)
+        return
+    keys, records = kept_or_computed(rows, segments, records_in=segmentations.records_in, stage="segment")
+    with ArrayWriter(segments) as writer:
+        status, summary = segmentations.write_segmentations(writer, segmenter, records)
+        writer.attrs = {
+            "ids": rows.ids,
+            "keys": keys,
+            "status": status,
+            "method": segmenter.method,
+            "method_version": segmenter.version,
+            "n_regions": segmenter.n_regions,
+            "seed": segmenter.seed,
+        }
+    write_json(segment_metrics, {"segment": summary})
 
 
 if __name__ == "__main__":
