@@ -7,15 +7,24 @@ is one convolution or one of its gradients: with g = grad_x(y', w), which is lin
     d<v, g> / d y' = conv(v, w)        d<v, g> / d w = grad_w(y', v)
 
 Values agree with PyTorch's up to the order of sums.
+
+And a way around oneDNN's gradient of narrow 1x1 convolutions, which writes where it must not.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+
+# oneDNN 3.13 (torch 2.15) gathers what a strided 1x1 convolution reads into a workspace, for the weights' gradient in
+# channels_last. With fewer input channels than a block holds (8 with AVX2, 16 with AVX-512) it writes past its end: a
+# crash, or wrong numbers (https://github.com/uxlfoundation/oneDNN/issues/6035).
+BLOCK = 16
 
 Geometry = tuple[list[int], list[int], list[int], bool, list[int], int]  # as aten's convolution takes it
 
@@ -60,6 +69,7 @@ class InputGradientsOnly(TorchFunctionMode):
         if isinstance(padding, str) or input.ndim != 4:
             found: Tensor = function(input, weight, bias, stride, padding, dilation, groups)
             return found
+        input, stride = _thinned(input, weight, stride, padding)
         if torch.is_autocast_enabled(input.device.type):
             dtype = torch.get_autocast_dtype(input.device.type)
             input, weight, bias = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -89,6 +99,54 @@ def _scale(
     scale = torch.rsqrt(running_var + eps) if weight is None else weight * torch.rsqrt(running_var + eps)
     shift = -running_mean * scale if bias is None else bias - running_mean * scale
     return torch.addcmul(shift[:, None, None], input, scale[:, None, None])
+
+
+@contextmanager
+def safe_weight_gradients(model: nn.Module) -> Iterator[None]:
+    """Around a model's forward whose backward makes weights' gradients: no convolution takes oneDNN's way of BLOCK."""
+    layers = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    if any(_is_narrow(layer.weight, layer.stride, layer.padding) for layer in layers):
+        with _Thinning():
+            yield
+    else:
+        yield
+
+
+class _Thinning(TorchFunctionMode):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function in (torch.conv2d, functional.conv2d):
+            return self._convolve(function, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    @staticmethod
+    def _convolve(
+        function: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Tensor:
+        input, stride = _thinned(input, weight, stride, padding)
+        found: Tensor = function(input, weight, bias, stride, padding, dilation, groups)
+        return found
+
+
+def _thinned(input: Tensor, weight: Tensor, stride: Any, padding: Any) -> tuple[Tensor, Any]:
+    """What a narrow strided 1x1 convolution reads, and the stride 1: the same result."""
+    if input.device.type != "cpu" or not _is_narrow(weight, stride, padding):
+        return input, stride
+    rows, columns = _pair(stride)
+    return input[..., ::rows, ::columns], 1
+
+
+def _is_narrow(weight: Tensor, stride: Any, padding: Any) -> bool:
+    if weight.shape[1] >= BLOCK or weight.shape[2:] != (1, 1) or _pair(stride) == [1, 1]:
+        return False
+    return padding == "valid" or (not isinstance(padding, str) and not any(_pair(padding)))
 
 
 class _Convolution(Function):

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from lvlmva_core.adam import Adam
 from lvlmva_core.compute import own_draws
+from lvlmva_core.convolutions import safe_weight_gradients
 from lvlmva_core.errors import InputError
 from lvlmva_core.models import predict_logits
 from lvlmva_core.progress import track
@@ -139,7 +140,7 @@ def train_classifier(
         drawn = epoch_rows(epoch) if epoch_rows else rows
         model.train()
         summed = torch.zeros((), dtype=torch.float64, device=images.device)
-        with own_draws(images.device, seed, epoch):
+        with own_draws(images.device, seed, epoch), safe_weight_gradients(model):
             for places in epoch_batches(len(rows), batch_size, generator):
                 batch = drawn[places]
                 logits = model(images[batch])

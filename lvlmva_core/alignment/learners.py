@@ -12,6 +12,7 @@ from torch.nn import functional
 from lvlmva_core.adam import Adam
 from lvlmva_core.alignment.stacked_mlp import StackedMlp
 from lvlmva_core.compute import eval_mode
+from lvlmva_core.convolutions import safe_weight_gradients
 from lvlmva_core.counterexamples import Counterexamples, Made, pair_change
 from lvlmva_core.models import predict_logits
 from lvlmva_core.penalties import penalty_of
@@ -74,6 +75,10 @@ class Single:
         self.totals = torch.zeros((1, 3), dtype=torch.float64, device=data.images.device)
 
     def step(self, rows: Tensor, chosen: Tensor, made: Tensor) -> None:
+        with safe_weight_gradients(self.model):
+            self._step(rows, chosen, made)
+
+    def _step(self, rows: Tensor, chosen: Tensor, made: Tensor) -> None:
         data = self.data
         masked_images = data.alignment_images[chosen[0]]
         pictures = [masked_images, data.images[rows[0]]]

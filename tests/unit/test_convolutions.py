@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lvlmva_core.convolutions import InputGradientsOnly
+from lvlmva_core.convolutions import InputGradientsOnly, safe_weight_gradients
 from lvlmva_core.penalties import rrr_penalty
 
 
@@ -115,3 +115,26 @@ def test_autocast_lowers_them_as_it_does_pytorchs(net: nn.Module) -> None:
             own = net(images)
     assert own.dtype == plain.dtype == torch.bfloat16
     assert (own - plain).abs().max() < 0.05 * plain.abs().max()
+
+
+@pytest.mark.parametrize(("samples", "channels", "made", "stride"), [(1, 8, 16, 2), (8, 4, 8, 2), (8, 12, 16, (1, 2))])
+def test_narrow_strided_points_give_the_gradients_of_double_precision(
+    samples: int, channels: int, made: int, stride: int | tuple[int, int]
+) -> None:
+    """At these sizes oneDNN's own gradient of the weights overruns its memory: the process dies, or the values are wrong.
+    docs/alignment.md quotes it."""
+    torch.manual_seed(0)
+    exact = nn.Sequential(nn.Conv2d(channels, made, 1, stride, bias=False), nn.Softplus(), nn.Flatten()).double()
+    exact.append(nn.Linear(exact(torch.zeros(1, channels, 64, 64).double()).shape[1], 2).double())
+    single = copy.deepcopy(exact).float().to(memory_format=torch.channels_last)
+    images = torch.rand(samples, channels, 64, 64, dtype=torch.float64)
+    masks = torch.rand(samples, 64, 64) < 0.5
+    found = {}
+    for name, model, given in (("exact", exact, images), ("single", single, images.float())):
+        given = given.to(memory_format=torch.channels_last)
+        with safe_weight_gradients(model):
+            loss = model(given).log_softmax(1)[:, 0].sum() + plain_penalty(model, given, masks).sum()
+            loss = loss + rrr_penalty(model, given, masks).sum()
+            found[name] = torch.autograd.grad(loss, list(model.parameters()))
+    for got, expected in zip(found["single"], found["exact"], strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
