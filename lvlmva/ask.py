@@ -9,14 +9,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import typer
 
-from lvlmva.hydrate import committed_versions, open_store, version_at_head
+from lvlmva.hydrate import committed_versions, open_shared, open_store, version_at_head
 from lvlmva_core.errors import InputError
 from lvlmva_core.lvlm.batches import Collector, Exported, export_calls, rate_of_input, under_way
 from lvlmva_core.lvlm.budget import Estimate, Spent, cost_usd, estimate_calls, estimate_input_tokens, price_is_known
@@ -38,7 +38,9 @@ from lvlmva_core.lvlm.judge import Judged, ask_judge, judge_call, row_of_judged
 from lvlmva_core.lvlm.prompts import load_critic_prompts, load_judge_prompts
 from lvlmva_core.lvlm.records import CritiqueRow, VerdictRow
 from lvlmva_core.lvlm.settings import Endpoint, ModelCritic, ModelJudge
+from lvlmva_core.lvlm.shared_calls import SharedCalls
 from lvlmva_core.progress import tell
+from lvlmva_core.shared_store import UnreachableError
 from lvlmva_core.store import canonical_json
 
 T = TypeVar("T")
@@ -223,12 +225,22 @@ def ask_all(
     endpoint, share = config.endpoint, config.max_failed_share
     replay = replay or os.environ.get("LVLMVA_OFFLINE", "") not in ("", "0")
     calls = open_calls(out)
+    shared = share_calls(calls)
     survey = _survey(items, first_call, name_of)
     may_pay = not (replay or dry_run)
 
+    def is_missing() -> bool:
+        return any(calls.find(question.keys) is None for question in survey.questions)
+
+    def meet(keys: Iterable[str]) -> None:
+        if shared is not None:
+            exchange(shared, keys, section, put=not dry_run, must=may_pay and batch is None and is_missing())
+
     @functools.cache  # before the plan where it shows that something is missing, else when a later call turns out to be
     def fill() -> None:
-        hydrate(calls, out, required=may_pay and not endpoint.allow_unhydrated)
+        required = may_pay and not endpoint.allow_unhydrated
+        # what stands in the shared store stands above what is older elsewhere
+        hydrate(calls, out, required=required, keep_present=shared is not None)
 
     @functools.cache
     def prepare() -> str:
@@ -239,12 +251,15 @@ def ask_all(
         confirm_host(endpoint)
         return key
 
-    if any(calls.find(question.keys) is None for question in survey.questions):
+    first_keys = [key for question in survey.questions for key in question.keys]
+    meet(first_keys)
+    if is_missing():
         fill()
+        meet(first_keys)
     estimate = survey.estimate(calls, endpoint)
     _say(describe(estimate, endpoint, section))
     if batch is not None:
-        collector = Collector(endpoint, section, calls, prepare, True, save_elsewhere)
+        collector = Collector(endpoint, section, calls, prepare, True, save_elsewhere, shared=shared)
         asyncio.run(_run(collector, range(len(items)), functools.partial(_look_up, work, items, survey, collector), 1))
         known = ((record["response"], tokens) for record, tokens in survey.known(calls))
         exported = export_calls(calls.store, collector.missing, endpoint, section, batch, rate=rate_of_input(known))
@@ -262,7 +277,7 @@ def ask_all(
         raise InputError(is_under_way(count))
     if estimate.new_calls:
         prepare()
-    client = Client(endpoint, section, calls, prepare, replay, save_elsewhere, under_way=waiting)
+    client = Client(endpoint, section, calls, prepare, replay, save_elsewhere, under_way=waiting, shared=shared)
     if bill is not None:
         client.budget.earlier = replace(bill)
     missing: list[str] = []
@@ -288,6 +303,8 @@ def ask_all(
 
     started = time.monotonic()
     results, error = asyncio.run(_run(client, range(len(items)), attempt, endpoint.concurrency))
+    if error is None:
+        meet(client.answered)
     for line in _account(client, started):
         _say(line)
     spent = {name: value for name, value in asdict(client.spent).items() if value or name in ("calls", "hits")}
@@ -428,11 +445,37 @@ def open_calls(out: Path) -> CallStore:
     return calls
 
 
-def hydrate(calls: CallStore, out: Path, *, required: bool) -> int:
-    """Fill the store from all committed versions of an output; says how many answers were new."""
+def share_calls(calls: CallStore) -> SharedCalls | None:
+    """A call store and the store behind it that several machines share, if there is one."""
+    shared = open_shared()
+    return None if shared is None else SharedCalls(calls, shared)
+
+
+def exchange(shared: SharedCalls, keys: Iterable[str], section: str, *, put: bool, must: bool) -> None:
+    """Make this machine's store and the shared one hold the same answers to calls, and say what changed.
+
+    must: whether a shared store that cannot be reached is an error (something would be paid for) or a warning.
+    """
+    try:
+        done = shared.exchange(keys, put=put)
+    except UnreachableError as error:
+        if must:
+            raise
+        _say(f"warning: {section}: {error}; what this run uses may be on this machine alone")
+        return
+    for outcome, told in (("put", "put into"), ("taken", "taken from"), ("damaged", "damaged in")):
+        if done[outcome]:
+            _say(f"{section}: {done[outcome]} answers {told} {shared.shared.name}")
+
+
+def hydrate(calls: CallStore, out: Path, *, required: bool, keep_present: bool = False) -> int:
+    """Fill the store from all committed versions of an output; says how many answers were new.
+
+    keep_present: as `CallStore.take_in` has it.
+    """
     new = 0
     for copy in committed_versions(out.as_posix(), calls.store, required=required):
-        added, refused = calls.take_in(_records_in(copy), out.as_posix())
+        added, refused = calls.take_in(_records_in(copy), out.as_posix(), keep_present=keep_present)
         new += added
         for reason in refused:
             _say(f"warning: left out: {reason}")
@@ -599,6 +642,11 @@ def _account(client: Client, started: float) -> Iterator[str]:
     if spent.elsewhere:
         place = save_place()
         yield f"{section}: {spent.elsewhere} answers were paid and are kept in {place}, since the store took none"
+    if spent.unshared:
+        yield (
+            f"warning: {section}: {spent.unshared} answers are on this machine and did not reach the shared store; the "
+            "next run or `lvlmva calls push` puts them there"
+        )
     if spent.lost:
         yield f"warning: {section}: {spent.lost} answers were paid and could be kept nowhere; they are lost"
     for name, count in sorted(spent.served.items()):

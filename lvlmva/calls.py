@@ -6,14 +6,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import typer
 
-from lvlmva.ask import allow_host
+from lvlmva.ask import allow_host, share_calls
 from lvlmva.changes import apply_changes
 from lvlmva.hydrate import open_store
 from lvlmva.pipeline import command_of, paths
@@ -21,6 +21,7 @@ from lvlmva_core.errors import InputError
 from lvlmva_core.lvlm.calls import KIND, CallStore, Record, check_record, created
 from lvlmva_core.lvlm.records import NO_CRITIQUE, NO_VERDICT, CritiqueRow, Row, VerdictRow, read_rows
 from lvlmva_core.lvlm.redact import printable
+from lvlmva_core.lvlm.shared_calls import SharedCalls
 from lvlmva_core.store import canonical_json
 
 calls = typer.Typer(no_args_is_help=True, help="Calls to models: what was bought, and what would be.")
@@ -100,6 +101,31 @@ def import_calls(file: Annotated[Path, typer.Argument(help="what `export` or `pa
         typer.echo(printable(f"refused: {reason}"), err=True)
     if refused:
         raise InputError(f"{file}: {len(refused)} records were refused; ask for a new export")
+
+
+@calls.command()
+def push() -> None:
+    """Put all answers of this machine into the shared store; where another stands there, it is taken in its place."""
+    _exchange(_shared().push())
+
+
+@calls.command()
+def pull() -> None:
+    """Take all answers of the shared store in."""
+    _exchange(_shared().pull())
+
+
+def _shared() -> SharedCalls:
+    shared = share_calls(_store())
+    if shared is None:
+        raise InputError("there is no shared store; set LVLMVA_SHARED_STORE to s3://bucket/prefix")
+    return shared
+
+
+def _exchange(done: Mapping[str, int]) -> None:
+    typer.echo(f"{done.get('put', 0)} answers put into the shared store, {done.get('taken', 0)} taken from it")
+    if done.get("damaged"):
+        raise InputError(f"{done['damaged']} answers are damaged there; a machine that has them mends them by a push")
 
 
 @calls.command()

@@ -1,4 +1,4 @@
-"""Where the store lies, and what of it is committed: earlier outputs, from DVC's cache or its remote.
+"""Where the stores lie, and what of it is committed: earlier outputs, from DVC's cache or its remote.
 
 The core takes records and knows no DVC; this module is the bridge. Whatever was committed anywhere in the history
 (branches, remotes' branches, tags, experiments, the other side of a merge) was paid for or computed by someone.
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lvlmva_core.errors import InputError
+from lvlmva_core.shared_store import SharedStore
 from lvlmva_core.store import HYDRATED, Store
 
 log = logging.getLogger(__name__)
@@ -33,15 +34,30 @@ def open_store() -> Store:
     DVC's cache folder is the main repository's even in the temporary workspace of an experiment.
 
     Raises:
-        InputError: the variable is not set and the current folder belongs to no DVC project.
+        InputError: the variable is not set and the current folder belongs to no DVC project, or it is no folder.
     """
     chosen = os.environ.get("LVLMVA_STORE")
+    if chosen and "://" in chosen:
+        raise InputError(
+            "LVLMVA_STORE is a folder on this machine; the store that several machines share, behind the folder, is "
+            "named by LVLMVA_SHARED_STORE=s3://bucket/prefix"
+        )
     if chosen:
         return Store(Path(chosen).expanduser().resolve())
     root = _dvc_root()
     if root is None:
         raise InputError(f"{Path.cwd()}: not in a DVC project; set LVLMVA_STORE to a folder, or run `dvc init`")
     return Store(_cache_folder(root).parent / "lvlmva-store")
+
+
+def open_shared() -> SharedStore | None:
+    """The store that several machines share, behind `open_store`: `LVLMVA_SHARED_STORE`, or None where it is not set.
+
+    Raises:
+        InputError: it is no address on S3, or boto3 is not installed.
+    """
+    chosen = os.environ.get("LVLMVA_SHARED_STORE", "").strip()
+    return SharedStore(chosen) if chosen else None
 
 
 def committed_versions(out: str, store: Store, *, required: bool = False) -> Iterator[Path]:

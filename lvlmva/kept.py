@@ -1,39 +1,57 @@
-"""Rows that are never computed twice: look into the store, then into what is committed, compute the rest, keep it."""
+"""Rows that are never computed twice: look into the stores, then into what is committed, compute the rest, keep it."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from lvlmva.hydrate import committed_versions, open_store
+from lvlmva.hydrate import committed_versions, open_shared, open_store
 from lvlmva_core.errors import InputError
 from lvlmva_core.progress import track
 from lvlmva_core.rows import Rows
+from lvlmva_core.shared_store import UnreachableError
 from lvlmva_core.store import Record, Store
 
+RecordsIn = Callable[[Path], Iterable[tuple[str, Record]]]  # a version of an output -> its keys and records
 
-def kept_or_computed(
-    rows: Rows, out: Path, *, records_in: Callable[[Path], Iterable[tuple[str, Record]]], stage: str
-) -> tuple[list[str], Iterator[Record]]:
+
+def kept_or_computed(rows: Rows, out: Path, *, records_in: RecordsIn, stage: str) -> tuple[list[str], Iterator[Record]]:
     """The key of each row, and its record, from the store of this project where it is there.
 
-    Where any is absent, the store first takes in the committed versions of the stage's output. Records are read one
-    after the other as they are asked for.
+    Where any is absent, the store first takes in the committed versions of the stage's output. With a store that
+    several machines share, what was put there first stands for all of them, before and after something is computed.
+    Records are read one after the other as they are asked for.
 
     Args:
-        out: the stage's output. records_in: keys and records of a version of it. stage: name, for messages.
+        out: the stage's output. stage: name, for messages.
 
     Raises:
-        InputError: records were damaged while this ran; at the first of them that is asked for.
+        InputError: records were damaged while this ran, at the first of them that is asked for; or something is to be
+            computed, and the shared store cannot be reached.
     """
     store, keys = open_store(), rows.keys()
-    absent = missing(store, rows.kind, keys, range(len(keys)))
-    if absent:
-        take_in_committed(store, rows.kind, out, records_in)
-        absent = missing(store, rows.kind, keys, absent)
+    absent = found_nowhere(store, rows.kind, keys, out, records_in)
     sys.stderr.write(f"{stage}: {len(keys) - len(absent)} {rows.kind} are there, {len(absent)} to compute\n")
     for first in track(range(0, len(absent), rows.chunk), stage):
         compute_some(store, rows, keys, absent[first : first + rows.chunk])
+    exchange(store, rows.kind, [keys[place] for place in absent], must=False)
     return keys, _read(store, rows.kind, keys)
+
+
+def found_nowhere(store: Store, kind: str, keys: Sequence[str], out: Path, records_in: RecordsIn) -> list[int]:
+    """The places of the keys whose record is nowhere, after the store took in what is committed and what is shared.
+
+    Raises:
+        InputError: something is to be computed, and the shared store cannot be reached.
+    """
+    absent = missing(store, kind, keys, range(len(keys)))
+    if absent:
+        for version in committed_versions(str(out), store):
+            for key, record in records_in(version):
+                store.put_arrays(kind, key, record)
+        absent = missing(store, kind, keys, absent)
+    # other segmentations than the others' would make other calls, and these would be paid again
+    exchange(store, kind, keys, must=bool(absent))
+    return missing(store, kind, keys, absent)
 
 
 def missing(store: Store, kind: str, keys: Sequence[str], places: Iterable[int]) -> list[int]:
@@ -41,19 +59,35 @@ def missing(store: Store, kind: str, keys: Sequence[str], places: Iterable[int])
     return [place for place in places if store.get_arrays(kind, keys[place]) is None]
 
 
-def take_in_committed(
-    store: Store, kind: str, out: Path, records_in: Callable[[Path], Iterable[tuple[str, Record]]]
-) -> None:
-    """Put what the committed versions of an output hold into the store, once each."""
-    for version in committed_versions(str(out), store):
-        for key, record in records_in(version):
-            store.put_arrays(kind, key, record)
-
-
 def compute_some(store: Store, rows: Rows, keys: Sequence[str], places: Sequence[int]) -> None:
     """Compute the records of `places` and keep them. keys: of all rows."""
     for place, record in zip(places, rows.compute(places), strict=True):
         store.put_arrays(rows.kind, keys[place], record)
+
+
+def exchange(store: Store, kind: str, keys: Sequence[str], *, must: bool) -> None:
+    """Put records into the shared store, if there is one, and take from it what was put there first.
+
+    Raises:
+        InputError: it cannot be reached and `must` be; else that is a warning.
+    """
+    shared = open_shared() if keys else None
+    if shared is None:
+        return
+
+    def take(key: str, content: bytes) -> None:
+        store.take_arrays(kind, key, content)
+
+    try:
+        found = shared.exchange(kind, "arrays", keys, lambda key: store.get_bytes(kind, key, "arrays"), take)
+    except UnreachableError as error:
+        if must:
+            raise
+        sys.stderr.write(f"warning: {error}; what this run uses may be on this machine alone\n")
+        return
+    for outcome, told in (("put", "put into"), ("taken", "taken from")):
+        if count := sum(each == outcome for each in found.values()):
+            sys.stderr.write(f"{count} {kind} {told} {shared.name}\n")
 
 
 def _read(store: Store, kind: str, keys: Sequence[str]) -> Iterator[Record]:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lvlmva.ask import confirm_host, describe, open_calls, save_elsewhere
+from lvlmva.ask import confirm_host, describe, open_calls, save_elsewhere, share_calls
 from lvlmva.params import Params, load_params, prompts_folder
 from lvlmva_core.corrections import ENOUGH, Judged, corrections_of, judged_regions
 from lvlmva_core.errors import InputError
@@ -206,7 +206,7 @@ class Editor:
             return key
 
         calls = open_calls(self._known["critiques"])
-        client = Client(endpoint, section, calls, prepare, replay, save_elsewhere)
+        client = Client(endpoint, section, calls, prepare, replay, save_elsewhere, shared=share_calls(calls))
         built = {index: self._call(index)[0] for index in range(config.max_attempts)}
 
         async def answer(index: int) -> Record:

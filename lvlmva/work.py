@@ -7,7 +7,7 @@ stage finds them all, and its output is what it would have been without workers.
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -16,7 +16,7 @@ import typer
 
 from lvlmva.engines import Task, run_tasks
 from lvlmva.hydrate import open_store
-from lvlmva.kept import compute_some, missing, take_in_committed
+from lvlmva.kept import RecordsIn, compute_some, exchange, found_nowhere, missing
 from lvlmva.params import load_params
 from lvlmva.pipeline import command_of
 from lvlmva.several import JudgeSettings, criticise_all, name_of
@@ -27,7 +27,7 @@ from lvlmva_core.progress import track
 from lvlmva_core.rows import Rows
 from lvlmva_core.settings import Settings
 from lvlmva_core.shares import Share, read_share
-from lvlmva_core.store import Record, Store
+from lvlmva_core.store import Store
 
 Asked = TypeVar("Asked", bound=Settings)
 LEASES = "leases"  # folder of the store: who is at work on what
@@ -74,7 +74,7 @@ def fill(
     rows: Rows,
     out: Path,
     *,
-    records_in: Callable[[Path], Iterable[tuple[str, Record]]],
+    records_in: RecordsIn,
     stage: str,
     share: str,
     lease_s: float = LEASE_S,
@@ -91,16 +91,14 @@ def fill(
     mine = read_share(share)
     part = _part(rows, mine.places(len(rows.ids)))
     store, keys = open_store(), part.keys()
-    absent = missing(store, part.kind, keys, range(len(keys)))
-    if absent:
-        take_in_committed(store, part.kind, out, records_in)
-        absent = missing(store, part.kind, keys, absent)
+    absent = found_nowhere(store, part.kind, keys, out, records_in)
     said = f"{len(keys)} of {len(rows.ids)} samples, {len(keys) - len(absent)} {part.kind} are there"
     sys.stderr.write(f"{stage} {mine}: {said}, {len(absent)} to compute\n")
     computed = 0
     chunks = dict.fromkeys(place // part.chunk for place in absent)
     for number in track(_worked(store, part, keys, list(chunks), lease_s), f"{stage} {mine}", total=len(chunks)):
         computed += number
+    exchange(store, part.kind, [keys[place] for place in absent], must=False)
     sys.stderr.write(f"{stage} {mine}: {computed} computed here, {len(absent) - computed} by others\n")
 
 

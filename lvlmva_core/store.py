@@ -99,6 +99,15 @@ class Store:
         """Keep `arrays` under `key` unless it is there already; says whether it was new. Same arrays, same bytes."""
         return self.put_bytes(kind, key, "arrays", _encode_arrays(arrays, kind, key))
 
+    def take_arrays(self, kind: str, key: str, content: bytes) -> None:
+        """Keep a record of arrays whose bytes come from another store, in the place of ours.
+
+        Raises:
+            ValueError: they are no such record, or another key's.
+        """
+        _decode_arrays(content, kind, key)
+        self.put_bytes(kind, key, "arrays", content, replace=True)
+
     def get_bytes(self, kind: str, key: str, suffix: str) -> bytes | None:
         """Bytes of a record as they stand (verification is the caller's), or None where there is none."""
         try:

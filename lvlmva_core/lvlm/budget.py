@@ -100,7 +100,7 @@ class Spent:
     that were paid and could not be read, of these. other_tier: served by the standard tier for lack of capacity.
     served: how many answers came under a name that is not the model's. elsewhere, lost: answers that were paid and
     that the store could not take: kept in another file, or nowhere. short: answers whose stated input is less than what
-    was sent can have taken (`is_short`).
+    was sent can have taken (`is_short`). unshared: answers that are kept here and did not reach the shared store.
     """
 
     calls: int = 0
@@ -116,6 +116,7 @@ class Spent:
     elsewhere: int = 0
     lost: int = 0
     short: int = 0
+    unshared: int = 0
 
 
 class Budget:

@@ -30,6 +30,7 @@ from lvlmva_core.lvlm.replies import (
     read_json,
 )
 from lvlmva_core.lvlm.settings import TRANSPORT, Endpoint, is_loopback_url
+from lvlmva_core.lvlm.shared_calls import SharedCalls
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -253,6 +254,7 @@ class Client:
         InputError.
     bought: keys of the answers that were bought in this run; beyond: of those beyond unusable ones in the store.
     under_way: keys of calls in a batch, which are not bought singly.
+    shared: the store that other machines share, if there is one; answered: keys of the answers that were returned.
     """
 
     endpoint: Endpoint
@@ -265,6 +267,8 @@ class Client:
     bought: set[str] = field(default_factory=set)
     beyond: set[str] = field(default_factory=set)
     under_way: Container[str] = frozenset()
+    shared: SharedCalls | None = None
+    answered: set[str] = field(default_factory=set)
     succeeded: int = 0
     _prepared: bool = False
     _api_key: str = ""
@@ -299,6 +303,8 @@ class Client:
             self._prepare_once()
             if not self.replay:
                 return await self._buy_alone(question)
+            if self.shared is not None:
+                await self.shared.look(question.keys[0])
             record = self._stored(question)
         if record is None:
             raise NotInStoreError(question.sample)
@@ -308,12 +314,14 @@ class Client:
     def _stored(self, question: Question) -> Record | None:
         record = self.calls.find(question.keys)
         if record is not None:
+            self.answered.add(record["key"])
             reason = question.why_not(answer_text(record))
             if reason is not None:
                 raise UnusableAnswerError(reason, answer_text(record), bought=record["key"] in self.bought)
             return record
         unusable = self.calls.find_unusable(question.keys)
         if unusable is not None:
+            self.answered.add(unusable["key"])
             text = said(unusable["response"])
             reason = why_unusable(unusable["response"]) or question.why_not(text)
             raise UnusableAnswerError(reason or "unusable", text, bought=unusable["key"] in self.bought)
@@ -325,8 +333,10 @@ class Client:
             self._prepared = True
 
     async def _buy_alone(self, question: Question) -> Record:
-        """Buy under the key's lock, unless the answer came into the store meanwhile."""
-        async with self.calls.store.lock_async(KIND, question.keys[0]):
+        """Buy under the key's lock, and alone among machines, unless the answer came into the store meanwhile."""
+        key = question.keys[0]
+        alone = contextlib.nullcontext() if self.shared is None else self.shared.claim(key)
+        async with self.calls.store.lock_async(KIND, key), alone:
             record = self._stored(question)
             if record is not None:
                 self.spent.hits += 1
@@ -365,15 +375,26 @@ class Client:
         record = make_record(call, response)
         reason_not = why_unusable(response) or question.why_not(said(response))
         self.bought.add(key)
+        self.answered.add(key)
         not_kept = await asyncio.shield(asyncio.to_thread(self._keep, record, meta, reason_not is None))
+        if self.shared is not None:
+            record = await asyncio.shield(self._share(self.shared, record, reason_not is None))
         if not_kept is not None:
             self.spent.elsewhere += not_kept.place is not None
             self.spent.lost += not_kept.place is None
             raise not_kept
         if reason_not is not None:
             self.calls.note_failure({**noted, "reason": reason_not})
-            raise UnusableAnswerError(reason_not, said(response), bought=True)
+            raise UnusableAnswerError(reason_not, said(record["response"]), bought=True)
         return record
+
+    async def _share(self, shared: SharedCalls, record: Record, usable: bool) -> Record:
+        """The answer that stands for all machines: ours, unless another's was there first."""
+        try:
+            return await shared.keep(record, usable=usable)
+        except InputError:
+            self.spent.unshared += 1  # the next question says what is wrong, before it is paid
+            return record
 
     def _keep(self, record: Record, meta: Mapping[str, Any], usable: bool) -> NotKeptError | None:
         try:
