@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, Field, ValidationError
 
+from lvlmva.engines import Execution
 from lvlmva_core.align_settings import UNUSED, AlignSettings, SharedAlignSettings
 from lvlmva_core.attribution_methods import AttributionMethod
 from lvlmva_core.datasets.registry import Prepare
@@ -20,6 +21,7 @@ from lvlmva_core.segmenters import Segmenter
 from lvlmva_core.settings import Choice, Count, Seed, Settings, Share
 from lvlmva_core.train_settings import Train
 
+EXECUTION = "execution"  # the section that belongs to a machine, not to an experiment
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
@@ -115,6 +117,7 @@ class Params(Settings):
     evaluate: Evaluate
     compare: Compare
     report: Report = Report()
+    execution: Execution = Execution()
 
     def chosen_methods(self) -> dict[str, Settings]:
         """Settings of each method after inheritance; a method that states rrr_lambda takes over no grid of them.
@@ -285,11 +288,11 @@ def params_of(content: Any, path: Path) -> Params:
 
 def sections_lacking(path: Path) -> list[str]:
     """Sections that have defaults and do not stand in params.yaml: the stages could go on, but DVC, which follows them,
-    refuses."""
+    refuses. `execution` is followed by nobody."""
     from ruamel.yaml import YAML
 
     content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-    return [name for name in Params.model_fields if name not in content]
+    return [name for name in Params.model_fields if name not in {*content, EXECUTION}]
 
 
 def prompts_folder(prompts: Path, key: str, name: str) -> Path:

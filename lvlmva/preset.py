@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from lvlmva.changes import WHOLE, apply_changes, lay_over
-from lvlmva.params import load_params
+from lvlmva.params import EXECUTION, load_params
 from lvlmva_core.errors import InputError
 
 DEFAULT = "decoy_digits"
@@ -26,13 +26,16 @@ def preset(
 ) -> None:
     """Write a preset into params.yaml and show what changes.
 
-    A preset that names a data set starts from the default preset, whatever params.yaml holds; any other (critics/...,
-    all_methods) is laid over params.yaml as it is. Its `methods`, `retrained` and endpoints replace those that are
-    there.
+    A preset that names a data set starts from the default preset, whatever params.yaml holds but for `execution`; any
+    other (critics/..., all_methods) is laid over params.yaml as it is. Its `methods`, `retrained` and endpoints replace
+    those that are there.
     """
     before = params.read_text(encoding="utf-8") if params.exists() else ""
     layer = read_preset(presets, name)
     content = _load(presets / f"{DEFAULT}.yaml" if "prepare" in layer else params)
+    current = _load(params) if params.exists() else None
+    if isinstance(current, Mapping) and EXECUTION in current:
+        content[EXECUTION] = current[EXECUTION]
     lay_preset_over(content, layer, name)
     apply_changes(content, changes or [])
     text = io.StringIO()
