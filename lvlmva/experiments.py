@@ -88,7 +88,7 @@ def experiments(
     study.folder.mkdir(parents=True, exist_ok=True)
     declare(study.folder, primary)
     set_up(study, content)
-    failed = [] if tables else run_study(study, execution, study.folder / ROWS, yes=yes)
+    failed = [] if tables else run_study(study, execution, yes=yes)
     conclude(study.folder)
     if failed:
         named = ", ".join(failed[:NAMED_AT_MOST]) + (", ..." if len(failed) > NAMED_AT_MOST else "")
@@ -289,24 +289,33 @@ def pieces_of(study: Study) -> list[Piece]:
     return list(dict.fromkeys(found))
 
 
-def run_study(study: Study, execution: Execution, rows: Path, *, yes: bool = False) -> list[str]:
-    """Do what is not done, and write the rows each time that a base is complete.
+def run_study(
+    study: Study, execution: Execution, *, yes: bool = False, rows_each_base: Path | None = None
+) -> list[str]:
+    """Do what is not done.
+
+    Args:
+        yes: as for `lvlmva.experiments_paid.ask_models`. rows_each_base: where rows and comparisons are written each
+            time that a base is complete.
 
     Returns:
         Names of what could not be done.
+
+    Raises:
+        InputError: the engine can't run, or more may be paid than a limit allows and nobody agreed.
     """
     jobs = study.jobs()
     tried: set[str] = set()
-    run_jobs(study, execution, jobs, tried, rows)
+    run_jobs(study, execution, jobs, tried, rows_each_base)
     if study.paid:
         from lvlmva.experiments_paid import ask_models
 
         ask_models(study, yes=yes)
-        run_jobs(study, execution, jobs, tried, rows)
+        run_jobs(study, execution, jobs, tried, rows_each_base)
     return [job.name for job in jobs if not _is_done(study, job)]
 
 
-def run_jobs(study: Study, execution: Execution, jobs: Sequence[Job], tried: set[str], rows: Path) -> None:
+def run_jobs(study: Study, execution: Execution, jobs: Sequence[Job], tried: set[str], rows: Path | None) -> None:
     """Run every job whose forerunners are done, those too that become ready meanwhile; each once.
 
     One at a time in the order of `jobs` where there is one worker on this machine, so that one base is complete before
@@ -334,7 +343,7 @@ def run_jobs(study: Study, execution: Execution, jobs: Sequence[Job], tried: set
             for job in ready:
                 if _is_done(study, job):
                     typer.echo(_account(study, job))
-            if _complete(study) > before:
+            if rows is not None and _complete(study) > before:
                 write_tables(study.folder, rows)
 
 
