@@ -66,6 +66,8 @@ def experiments(
 ) -> None:
     """Train several base models and run every method on each, once a seed; pool them into one table and figure.
 
+    `lvlmva study bases=0..4 ...` is the same; without such words `lvlmva study` is the user study, with people.
+
     bases: seeds of the base model's training (train.seed), each with alignment set, regions and verdicts of its own.
     seeds: of the methods. 0..4 are the five numbers from 0 to 4. methods: by default those of params. lambdas: values
     of rrr_lambda, each a run of the methods that have a penalty.
