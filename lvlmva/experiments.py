@@ -30,7 +30,7 @@ from lvlmva.warm import warm
 from lvlmva_core.errors import InputError
 from lvlmva_core.methods import METHODS, in_order
 from lvlmva_core.outputs import BASE
-from lvlmva_core.study import MEASURES
+from lvlmva_core.study import MEASURES, measures_of
 
 T = TypeVar("T")
 
@@ -166,7 +166,7 @@ def _lambdas(word: str, values: str) -> list[str]:
         if not 0 < value < float("inf"):
             raise InputError(f"'{word}': '{part}' is no weight of a penalty; for 0 there is the method lambda_zero")
         found.append(value)
-    return [f"{value:g}" for value in sorted(_once(word, found))]
+    return [short if float(short := f"{value:g}") == value else repr(value) for value in sorted(_once(word, found))]
 
 
 def _once(word: str, values: list[T]) -> list[T]:
@@ -193,6 +193,7 @@ def asked_params(params: Path, changes: Sequence[str], asked: dict[str, Any]) ->
     load_params(params)
     content: dict[str, Any] = read_content(params)
     apply_changes(content, changes)
+    params_of(content, params)
     if "seeds" in asked:
         content["align"]["seeds"] = asked["seeds"]
     for name in asked.get("methods", []):
@@ -323,18 +324,20 @@ def run_jobs(study: Study, execution: Execution, jobs: Sequence[Job], tried: set
     One at a time in the order of `jobs` where there is one worker on this machine, so that one base is complete before
     the next begins; else all that are ready, with a bar for them together.
     """
-    one_by_one = execution.backend == "processes" and execution.workers == 1
-    with warm():
-        while True:
-            ready = [
-                job
-                for job in jobs
-                if job.name not in tried
-                and not _is_done(study, job)
-                and all(is_done(study.folder, piece) for piece in job.after)
-            ]
-            if not ready:
-                return
+    here = execution.backend == "processes"
+    one_by_one = here and execution.workers == 1
+    libraries = False
+    with contextlib.ExitStack() as stack:
+        while ready := [
+            job
+            for job in jobs
+            if job.name not in tried
+            and not _is_done(study, job)
+            and all(is_done(study.folder, piece) for piece in job.after)
+        ]:
+            if here and not libraries:
+                stack.enter_context(warm())
+                libraries = True
             ready = ready[:1] if one_by_one else ready
             before = _complete(study)
             tried |= {job.name for job in ready}
@@ -394,13 +397,19 @@ def write_tables(folder: Path, rows: Path) -> None:
 
 def conclude(folder: Path) -> None:
     """Write rows, comparisons, the page and the figure of what is complete; say what they say."""
-    from lvlmva.experiments_results import primary_of, read_study, write_page, write_rows
+    from lvlmva.experiments_results import read_study, write_page, write_rows
 
     if not any(folder.glob(f"done/base=*-evaluate-{BASE}")):
         return
     found, rows = read_study(folder), folder / ROWS
     write_rows(found, rows)
-    primary = json.loads((folder / DECLARED).read_text(encoding="utf-8"))["primary"] or primary_of(found.samples)
+    known = list(measures_of(found.samples))
+    primary = json.loads((folder / DECLARED).read_text(encoding="utf-8"))["primary"] or known[0]
+    if primary not in known:
+        raise InputError(
+            f"'{primary}' was declared, and the data set does not hold what it needs; the rows are written to {rows}; "
+            f"remove {folder / DECLARED}, and '{known[0]}' decides"
+        )
     for line in write_page(found, rows, primary):
         typer.echo(line)
     typer.echo(f"written to {rows}, {rows.stem}_compared.csv, {rows.stem}.md and {rows.stem}.png")

@@ -154,7 +154,7 @@ def has_lambda(method: str) -> bool:
 
 
 def set_up(study: Study, content: Mapping[str, Any]) -> None:
-    """Write the params.yaml of each base and λ. content: those of the project, with methods and seeds as asked for.
+    """Write the params.yaml of each base and λ. content: valid params, with methods and seeds as asked for.
 
     More methods and more seeds than before may be asked for: then what depends on the seeds is done anew, with all of
     them.
@@ -172,6 +172,7 @@ def set_up(study: Study, content: Mapping[str, Any]) -> None:
     before = {place: load_params(place / "params.yaml") for place in made if (place / "params.yaml").exists()}
     for place, params in before.items():  # nothing is changed before all is known to fit
         _check_same(params, known[place], place / "params.yaml")
+    replace_file(study.folder / ".gitignore", b"*\n")  # large, and made again by the command
     for place, each in made.items():
         if place in before:
             _forget(study.folder, place, before[place], known[place])
@@ -182,13 +183,11 @@ def set_up(study: Study, content: Mapping[str, Any]) -> None:
 def _params_of(content: Mapping[str, Any], base: int, rrr_lambda: str) -> dict[str, Any]:
     """Params of one base: its seed of the training, and λ where one is named."""
     made = {**content}
-    if not isinstance(made.get("train"), Mapping) or not isinstance(made.get("methods"), Mapping):
-        return made  # load_params says what is wrong
-    if "checkpoint" not in made["train"]:
+    if "checkpoint" not in made["train"]:  # which there is no seed for
         made["train"] = {**made["train"], "seed": base}
     if rrr_lambda:
         made["methods"] = {
-            name: {**(own or {}), "rrr_lambda": float(rrr_lambda)} if name in METHODS and has_lambda(name) else own
+            name: {**own, "rrr_lambda": float(rrr_lambda)} if has_lambda(name) else own
             for name, own in made["methods"].items()
         }
     return made

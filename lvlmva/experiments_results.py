@@ -24,7 +24,6 @@ from lvlmva_core.study import (
     compared_over,
     conclusions,
     label_of,
-    measures_of,
     rows_of,
     tables,
 )
@@ -64,7 +63,8 @@ def read_study(study: Path) -> Found:
             for rrr_lambda, place in sorted(places.items(), key=lambda item: float(item[0] or -1))
         }
         explained = rows_of_ids(samples, of_base[""][BASE].map_ids)
-        masks = read_spurious_masks(study / Path(paths()["spurious_masks"]).name, explained)[0]
+        file = study / Path(paths()["spurious_masks"]).name
+        masks = read_spurious_masks(file, explained)[0] if len(explained) else None
         for rrr_lambda, outputs in of_base.items():
             if outputs:
                 models.setdefault(rrr_lambda, {})[base] = outputs
@@ -113,11 +113,6 @@ def write_rows(found: Found, rows: Path) -> None:
 def compared_file(rows: Path) -> Path:
     """Where the comparisons lie."""
     return rows.with_name(f"{rows.stem}_compared.csv")
-
-
-def primary_of(samples: pd.DataFrame) -> str:
-    """The measure that stands first where none was declared: the first of MEASURES that the data allow."""
-    return next(iter(measures_of(samples)))
 
 
 def write_page(found: Found, rows: Path, primary: str) -> list[str]:
