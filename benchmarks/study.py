@@ -3,36 +3,31 @@
     python -m benchmarks.study knee --work <folder> --root <archive> --weights <file> [--bases 5] [--seeds 3]
     lvlmva tables docs/results/knee.csv --page docs/study.md
 
-What is compared, by which measure and how was declared before the first run: docs/study.md. A work folder holds the
-prepared data once, and for each base model what the stages of dvc.yaml write. Each piece of work leaves a file in
-`done/` when it has come to its end; trainings keep their state inside (`lvlmva_core.resume`). What is there already is
-skipped, so that the same command goes on after a kill, and takes in more bases or methods. After each base, and with
---tables alone, docs/results/<experiment>.csv and <experiment>_compared.csv are written from what is complete.
+What is compared, by which measure and how was declared before the first run: docs/study.md. It is `lvlmva experiments`
+on a preset with a few changes, with a store of its own in the work folder. The same command goes on after a kill, and
+takes in more bases, seeds or methods. After each base, and with --tables alone, docs/results/<experiment>.csv and
+<experiment>_compared.csv are written from what is complete.
 """
 
 import argparse
 import contextlib
-import importlib
-import inspect
 import io
 import os
 import shutil
-import statistics
 import sys
-import time
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from lvlmva.params import load_params
-from lvlmva.pipeline import paths
+from lvlmva import experiments_folder
+from lvlmva.changes import read_content
+from lvlmva.engines import Execution
+from lvlmva.experiments import run_study, write_tables
+from lvlmva.experiments_folder import Study
 from lvlmva.preset import preset
 from lvlmva_core import methods
-from lvlmva_core.arrays import read_json, write_json
-from lvlmva_core.comparison import Runs, measure
 from lvlmva_core.errors import InputError
-from lvlmva_core.outputs import BASE, Outputs, read_outputs
-from lvlmva_core.samples import read_samples, read_spurious_masks, rows_of_ids
-from lvlmva_core.study import compared, rows_of
 
 METHODS = (
     *("lambda_zero", "lvlm_va_counterexamples", "counterexamples_random_masks", "counterexamples_class_matched"),
@@ -57,22 +52,7 @@ CHANGES: dict[str, tuple[str, ...]] = {  # laid over the preset; why: docs/study
 }
 # for every experiment: what a study does not report is not measured at length
 BRIEF = ("exchange.n_held_out=1", "exchange.n_donors=1", "evaluate.robustness=false")
-SHARED = ("images", "samples", "spurious_masks")
-CHAIN = ("train", "rank", "attribute", "segment", "critique", "judge", "mask", "settings")
 RESULTS = Path("docs/results")
-
-
-def work_of(folder: Path, bases: int, chosen: list[str]) -> Iterator[tuple[Path, str, dict[str, str]]]:
-    """Every piece of work in order: the base's folder, the stage, and its options beside paths."""
-    yield folder / "base=0", "prepare", {}
-    for base in range(bases):
-        here = folder / f"base={base}"
-        for stage in CHAIN:
-            yield here, stage, {}
-        yield here, "evaluate", {"method": BASE}
-        for method in chosen:
-            yield here, "align" if methods.METHODS[method].kind == "penalty" else "retrain", {"method": method}
-            yield here, "evaluate", {"method": method}
 
 
 def changes_of(experiment: str, seeds: int) -> list[str]:
@@ -82,73 +62,14 @@ def changes_of(experiment: str, seeds: int) -> list[str]:
     return [*CHANGES[experiment], *BRIEF, f"align.seeds={list(range(seeds))}", listed]
 
 
-def set_up(here: Path, experiment: str, changes: list[str]) -> None:
-    """Write params.yaml of a base. Raises InputError where another study lies there."""
-    here.mkdir(parents=True, exist_ok=True)
-    params, wanted = here / "params.yaml", here / "wanted.yaml"
-    shutil.copy("params.yaml", wanted)
-    with contextlib.redirect_stdout(io.StringIO()):  # the change is no news here
-        preset(experiment, changes, False, wanted, Path("presets"))
-    if params.exists() and load_params(params) != load_params(wanted):
-        raise InputError(f"{params}: of another study (it differs from {wanted}); take another --work")
-    wanted.replace(params)
-
-
-def run(folder: Path, here: Path, stage: str, options: dict[str, str]) -> None:
-    """Run a stage in this process, on the paths of dvc.yaml below `here`; what all bases share lies in `folder`."""
-    function = getattr(importlib.import_module(f"stages.{stage}"), stage)
-    known = {name: here / path for name, path in paths().items()}
-    known |= {name: folder / Path(paths()[name]).name for name in SHARED}
-    known |= {name: Path(paths()[name]) for name in ("own", "prompts", "overrides")}
-    function(**{name: known[name] for name in inspect.signature(function).parameters if name in known}, **options)
-
-
-def study(folder: Path, work: list[tuple[Path, str, dict[str, str]]], rows: Path) -> None:
-    """Do what is not done, and say how long the rest will take, from how long each stage took here before."""
-    took: dict[str, list[float]] = read_json(folder / "took.json") if (folder / "took.json").exists() else {}
-    marks = [folder / "done" / "-".join([here.name, stage, *options.values()]) for here, stage, options in work]
-    for place, ((here, stage, options), mark) in enumerate(zip(work, marks, strict=True)):
-        if mark.exists():
-            continue
-        started = time.monotonic()
-        run(folder, here, stage, options)
-        took.setdefault(stage, []).append(time.monotonic() - started)
-        write_json(folder / "took.json", took)
-        mark.parent.mkdir(exist_ok=True)
-        mark.touch()
-        every = [seconds for those in took.values() for seconds in those]
-        left = sum(
-            statistics.mean(took.get(work[at][1], every))
-            for at in range(place + 1, len(work))
-            if not marks[at].exists()
-        )
-        sys.stdout.write(
-            f"{mark.name}: {took[stage][-1]:.0f} s; {place + 1} of {len(work)}, about {left / 60:.0f} min left\n"
-        )
-        sys.stdout.flush()
-        if place + 1 == len(work) or work[place + 1][0] != here:
-            write_tables(folder, rows)
-
-
-def write_tables(folder: Path, rows: Path) -> None:
-    """Write the rows, and beside them the comparisons, of what is complete."""
-    samples = read_samples(folder / Path(paths()["samples"]).name)
-    models: dict[str, dict[str, Outputs]] = {}
-    values: dict[str, Runs] = {}
-    for here in sorted(folder.glob("base=*")):
-        done = {mark.name.rpartition("-")[2] for mark in (folder / "done").glob(f"{here.name}-evaluate-*")}
-        files = {method: here / paths()["evaluations"] / f"{method}.safetensors" for method in done}
-        outputs = {method: read_outputs(file) for method, file in files.items()}
-        if BASE in outputs:
-            base = here.name.partition("=")[2]
-            explained = rows_of_ids(samples, outputs[BASE].map_ids)
-            masks = read_spurious_masks(folder / Path(paths()["spurious_masks"]).name, explained)[0]
-            models[base], values[base] = outputs, measure(outputs, samples, masks)[0]
-    if values:
-        rows.parent.mkdir(parents=True, exist_ok=True)
-        rows_of(values).to_csv(rows, index=False, float_format="%.6f")
-        beside = rows.with_name(f"{rows.stem}_compared.csv")
-        compared(models, samples).to_csv(beside, index=False, float_format="%.6f")
+def preset_content(experiment: str, changes: Sequence[str]) -> Any:
+    """The params of a preset with changes laid over it."""
+    with tempfile.TemporaryDirectory() as folder:
+        params = Path(folder) / "params.yaml"
+        shutil.copy("params.yaml", params)
+        with contextlib.redirect_stdout(io.StringIO()):  # the change is no news here
+            preset(experiment, list(changes), False, params, Path("presets"))
+        return read_content(params)
 
 
 def main() -> None:
@@ -174,10 +95,11 @@ def main() -> None:
     changes = changes_of(options.experiment, options.seeds)
     changes += [f"prepare.root={options.root}"] if options.root else []
     changes += [f"train.weights={options.weights}"] if options.weights else []
-    changes += options.set
-    for base in range(options.bases):
-        set_up(folder / f"base={base}", options.experiment, [*changes, f"train.seed={base}"])
-    study(folder, list(work_of(folder, options.bases, options.methods)), rows)
+    study = Study(folder, tuple(range(options.bases)), tuple(options.methods))
+    experiments_folder.set_up(study, preset_content(options.experiment, [*changes, *options.set]))
+    failed = run_study(study, Execution(workers=1), rows_each_base=rows)
+    if failed:
+        raise InputError(f"not done: {', '.join(failed)}; what they said lies in {folder / 'logs'}")
 
 
 if __name__ == "__main__":

@@ -12,13 +12,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmarks.study import run, set_up
-from lvlmva.params import load_params
+from benchmarks.study import preset_content
+from lvlmva.changes import content_bytes
+from lvlmva.experiments_folder import run
+from lvlmva.params import load_params, params_of
 from lvlmva.pipeline import paths
 from lvlmva_core.align_settings import AlignSettings
 from lvlmva_core.alignment import align_ensemble
 from lvlmva_core.arrays import read_array, read_attrs
 from lvlmva_core.compute import set_up_compute
+from lvlmva_core.errors import InputError
 from lvlmva_core.lvlm.cases import read_cases
 from lvlmva_core.lvlm.critic import criticise
 from lvlmva_core.lvlm.offline import judge_by_rules
@@ -50,7 +53,7 @@ class Trial:
 
     def __init__(self, here: Path, experiment: str, changes: Sequence[str]) -> None:
         os.environ["LVLMVA_STORE"] = str(here / "store")
-        set_up(here, experiment, [*CHANGES, *changes])
+        _set_up(here, experiment, [*CHANGES, *changes])
         for stage in CHAIN:
             if not (mark := here / "done" / stage).exists():
                 run(here, here, stage, {})
@@ -137,6 +140,16 @@ class Trial:
         part = self.file(name).with_suffix(".part")
         write_outputs(part, found)
         part.rename(self.file(name))
+
+
+def _set_up(here: Path, experiment: str, changes: Sequence[str]) -> None:
+    """Write params.yaml of a trial. Raises InputError where another lies there."""
+    here.mkdir(parents=True, exist_ok=True)
+    params = here / "params.yaml"
+    content = preset_content(experiment, changes)
+    if params.exists() and load_params(params) != params_of(content, params):
+        raise InputError(f"{params}: of another trial; take another folder")
+    params.write_bytes(content_bytes(content))
 
 
 def values_of(trial: Trial, outputs: Outputs) -> dict[str, float]:

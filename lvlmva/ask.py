@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import typer
 
 from lvlmva.hydrate import committed_versions, open_shared, open_store, version_at_head
+from lvlmva.ledger import open_ledger
 from lvlmva_core.errors import InputError
 from lvlmva_core.lvlm.batches import Collector, Exported, export_calls, rate_of_input, under_way
 from lvlmva_core.lvlm.budget import Estimate, Spent, cost_usd, estimate_calls, estimate_input_tokens, price_is_known
@@ -258,6 +259,8 @@ def ask_all(
         meet(first_keys)
     estimate = survey.estimate(calls, endpoint)
     _say(describe(estimate, endpoint, section))
+    if (ledger := open_ledger()) is not None and dry_run:
+        ledger.planned.append((section, estimate))
     if batch is not None:
         collector = Collector(endpoint, section, calls, prepare, True, save_elsewhere, shared=shared)
         asyncio.run(_run(collector, range(len(items)), functools.partial(_look_up, work, items, survey, collector), 1))
@@ -278,7 +281,9 @@ def ask_all(
     if estimate.new_calls:
         prepare()
     client = Client(endpoint, section, calls, prepare, replay, save_elsewhere, under_way=waiting, shared=shared)
-    if bill is not None:
+    if ledger is not None:
+        ledger.hold(client.budget)
+    elif bill is not None:
         client.budget.earlier = replace(bill)
     missing: list[str] = []
     failed: list[str] = []

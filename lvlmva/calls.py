@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import typer
 
 from lvlmva.ask import allow_host, share_calls
-from lvlmva.changes import apply_changes
+from lvlmva.changes import apply_changes, content_bytes, read_content
 from lvlmva.hydrate import open_store
 from lvlmva.pipeline import command_of, paths
 from lvlmva_core.errors import InputError
@@ -214,15 +214,10 @@ def allow(
 
 def changed_params(params: Path, folder: Path, changes: list[str]) -> Path:
     """A copy of params with changes laid over it."""
-    from ruamel.yaml import YAML
-
-    yaml = YAML(typ="safe", pure=True)
-    # through JSON, so that sections which share an anchor change one by one
-    content = json.loads(json.dumps(yaml.load(params.read_text(encoding="utf-8"))))
+    content = read_content(params)
     apply_changes(content, changes)
     copy = folder / "params.yaml"
-    with copy.open("w", encoding="utf-8") as file:
-        yaml.dump(content, file)
+    copy.write_bytes(content_bytes(content))
     return copy
 
 

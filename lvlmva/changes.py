@@ -1,6 +1,9 @@
 """Changes to params given on the command line, `-S section.key=value`, and sections laid over others."""
 
+import io
+import json
 from collections.abc import Iterable, Mapping, MutableMapping
+from pathlib import Path
 from typing import Any
 
 from lvlmva_core.errors import InputError
@@ -50,3 +53,20 @@ def lay_over(content: Any, layer: Any, name: str) -> None:
             lay_over(content[key], value, f"{name}: {key}")
         else:
             content[key] = value  # type: ignore[index]
+
+
+def read_content(params: Path) -> Any:
+    """What a params.yaml holds, unchecked; sections that share an anchor change one by one."""
+    from ruamel.yaml import YAML
+
+    # through JSON, which has no anchors
+    return json.loads(json.dumps(YAML(typ="safe", pure=True).load(params.read_text(encoding="utf-8"))))
+
+
+def content_bytes(content: Any) -> bytes:
+    """Content of params as YAML; comments are gone."""
+    from ruamel.yaml import YAML
+
+    written = io.StringIO()
+    YAML(typ="safe", pure=True).dump(content, written)
+    return written.getvalue().encode("utf-8")

@@ -1,8 +1,12 @@
 """The command `lvlmva`: a list of commands."""
 
+import re
+from itertools import pairwise
 from typing import Any
 
 import typer
+from typer.core import TyperCommand
+from typer.main import get_command
 
 from lvlmva.audit import audit
 from lvlmva.batches import batches
@@ -10,6 +14,7 @@ from lvlmva.calibrate import calibrate
 from lvlmva.calls import calls
 from lvlmva.check import check
 from lvlmva.check_model import check_model_command
+from lvlmva.experiments import experiments
 from lvlmva.explain_sample import explain_sample
 from lvlmva.export import export as export_model
 from lvlmva.gate import gate
@@ -37,6 +42,18 @@ class App(typer.Typer):
             raise SystemExit(1) from None
 
 
+class StudyOrExperiments(TyperCommand):
+    """`lvlmva study` with words like bases=0..4 is `lvlmva experiments`; without, it is the user study."""
+
+    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> Any:
+        """The context of whichever of the two was meant."""
+        if any(re.match(r"[a-z]+=", word) for before, word in pairwise(["", *args]) if before not in ("-S", "--set")):
+            alone = typer.Typer()
+            alone.command()(experiments)
+            return get_command(alone).make_context(info_name, args, *rest, **extra)
+        return super().make_context(info_name, args, *rest, **extra)
+
+
 app = App(pretty_exceptions_enable=False, no_args_is_help=True)
 calls.add_typer(batches)
 app.add_typer(calls, name="calls")
@@ -49,7 +66,8 @@ app.command()(calibrate)
 app.command()(results)
 app.command("explain")(explain_sample)
 app.command()(review)
-app.command()(study)
+app.command(cls=StudyOrExperiments)(study)
+app.command()(experiments)
 app.command()(sweep)
 app.command()(tables)
 app.command()(deps)

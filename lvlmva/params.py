@@ -272,6 +272,11 @@ def load_params(path: Path) -> Params:
         raise InputError(f"{path}: cannot be read ({error.strerror}); restore it with `git checkout {path}`") from error
     except YAMLError as error:
         raise InputError(f"{path}: not valid YAML: {error}") from error
+    return params_of(content, path)
+
+
+def params_of(content: Any, path: Path) -> Params:
+    """What `load_params` makes of the content of a file. path: what messages begin with."""
     try:
         params = _validated(Params, content, "")
         params.chosen_methods()

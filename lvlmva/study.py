@@ -34,6 +34,9 @@ def study(
 ) -> None:
     """Serve the questionnaire of the paper's user study over a random set of alignment samples.
 
+    With words like bases=0..4 this is another command: many base models in the place of many people, see `lvlmva
+    experiments --help`.
+
     Asked of each sample: which explanation is better, before or after alignment (blinded); are these the irrelevant
     regions; is the reasoning right. The set is drawn and kept when the study is first served. Each answer is on the
     disk at once, in a file a participant. Only this machine is listened to, and the address works once.

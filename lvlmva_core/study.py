@@ -4,7 +4,7 @@ A row is one model. Methods are compared by pairs of models of the same base and
 bases, seeds within them and test pictures (`lvlmva_core.statistics.hierarchical_bootstrap`).
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from lvlmva_core.comparison import Runs, shortcut_pairs
 from lvlmva_core.errors import InputError
 from lvlmva_core.methods import METHODS, in_order
 from lvlmva_core.outputs import BASE, SUBJECT, Outputs
+from lvlmva_core.samples import groups_known
 from lvlmva_core.statistics import hierarchical_bootstrap, holm, two_sided_p
 
 # column of the rows -> metric; `reliance` is the reliance on the feature itself, the primary measure
@@ -46,10 +47,12 @@ CONTROLS = {
 }
 LAMBDA_ZERO = "lambda_zero"
 BOUND = "rrr_gt"  # true masks: what a correction by verdicts can be held against
-# measure -> whether more is better
+# measure -> whether more is better; the first that the data allow is the primary one
 MEASURES = {"reliance": False, "wga": True, "accuracy": True}
+LEVEL = 0.05  # below it, after Holm, a difference is called one
 
 COMPARED = ["method", "measure", "against", "value", "value_against", "difference", "low", "high", "p", "p_holm"]
+RRR_LAMBDA = "rrr_lambda"  # a further column where methods ran with several λ; "" of a method without one
 
 Models = Mapping[str, Mapping[str, Outputs]]  # base -> method -> outputs
 
@@ -73,23 +76,29 @@ def rows_of(values: Mapping[str, Runs]) -> pd.DataFrame:
     ]
     table = pd.DataFrame(rows)
     order = {name: place for place, name in enumerate(in_order(table["method"].unique()))}
-    table = table.assign(order=table["method"].map(order)).sort_values(["order", "base", "seed"], kind="stable")
+    table = table.assign(order=table["method"].map(order)).sort_values(
+        ["order", "base", "seed"], kind="stable", key=lambda column: column.map(_in_number_order)
+    )
     return table.drop(columns="order").reset_index(drop=True)
 
 
-def compared(models: Models, samples: pd.DataFrame, *, draws: int = 2000, seed: int = 0) -> pd.DataFrame:
-    """Each method of CONTROLS against base, λ = 0 and its best control, by each of MEASURES. Families of their own: the
-    paper's correction against the methods of the literature that are there, and each method against BOUND if it is.
+def _in_number_order(value: Any) -> Any:
+    return int(value or -1) if isinstance(value, str) else value
 
-    Only bases count that have every method which is compared. The best control is the one of the best mean (reliance:
-    the smallest absolute), chosen anew for each measure on these very models, which favours the control.
+
+def compared(models: Models, samples: pd.DataFrame, *, draws: int = 2000, seed: int = 0) -> pd.DataFrame:
+    """Each method of CONTROLS against base, λ = 0 and its best control, by each of MEASURES that the data allow.
+
+    Families of their own: the paper's correction against the methods of the literature that are there, and each method
+    against BOUND if it is there.
+
+    Only bases count that have every method which is compared, with the same seeds. The best control is the one of the
+    best mean (reliance: the smallest absolute), chosen anew for each measure on these very models, which favours the
+    control.
 
     Returns:
         Columns COMPARED: value, value_against: means over models; difference with low, high (95 %); p, two-sided;
         p_holm, within the comparisons of one family by one measure. Reliances are absolute values.
-
-    Raises:
-        InputError: a measure needs what the data set does not say.
     """
     measures = measures_of(samples)
     table = []
@@ -97,8 +106,8 @@ def compared(models: Models, samples: pd.DataFrame, *, draws: int = 2000, seed: 
         literature = [name for name, method in METHODS.items() if method.kind == "retrained" and subject == SUBJECT]
         known = (BASE, LAMBDA_ZERO, *controls, *literature, BOUND)
         wanted = [name for name in known if any(name in of for of in models.values())]
-        complete = {base: of for base, of in models.items() if {subject, *wanted} <= of.keys()}
-        if not complete or BASE not in wanted or LAMBDA_ZERO not in wanted:
+        complete = complete_bases(models, [subject, *wanted])
+        if not complete:
             continue
         for measure, (taken, statistic) in measures.items():
             stacked = {name: _stacked(complete, name, subject, taken) for name in (subject, *wanted)}
@@ -106,11 +115,10 @@ def compared(models: Models, samples: pd.DataFrame, *, draws: int = 2000, seed: 
             better = max if MEASURES[measure] else min
             there = [name for name in controls if name in wanted]
             best = [better(there, key=lambda name: means[name])] if there else []
-            for others in (
-                [BASE, LAMBDA_ZERO, *best],
-                [name for name in literature if name in wanted],
-                [BOUND] if BOUND in wanted else [],
-            ):
+            plain, further, bound = (
+                [name for name in names if name in wanted] for names in ((BASE, LAMBDA_ZERO), literature, (BOUND,))
+            )
+            for others in ([*plain, *best], further, bound):
                 family = {}
                 for other in others:
                     found = drawn_differences(stacked[subject], stacked[other], statistic, draws, seed)
@@ -122,34 +130,68 @@ def compared(models: Models, samples: pd.DataFrame, *, draws: int = 2000, seed: 
     return pd.DataFrame(table, columns=COMPARED)
 
 
+def compared_over(by_lambda: Mapping[str, Models], samples: pd.DataFrame, *, draws: int = 2000) -> pd.DataFrame:
+    """`compared` at each of several λ, a family being all of them: every further λ that is tried costs its share.
+
+    Args:
+        by_lambda: λ -> models, in which what has no λ is the same.
+
+    Returns:
+        Columns COMPARED with RRR_LAMBDA after "method".
+    """
+    found = []
+    for rrr_lambda, models in by_lambda.items():
+        table = compared(models, samples, draws=draws)
+        table.insert(1, RRR_LAMBDA, rrr_lambda)
+        found.append(table)
+    both = pd.concat(found, ignore_index=True)
+    without = both["method"].map(lambda name: METHODS[name].correction == "counterexamples")
+    both.loc[without, RRR_LAMBDA] = ""
+    both = both.drop_duplicates(["method", RRR_LAMBDA, "measure", "against"], ignore_index=True)
+    family = both["against"].map(lambda name: name if name == BOUND else METHODS[name].kind == "retrained")
+    for _, rows in both.groupby(["method", "measure", family], sort=False):
+        adjusted = holm({str(place): p for place, p in rows["p"].items()})
+        both.loc[rows.index, "p_holm"] = [adjusted[str(place)] for place in rows.index]
+    return both
+
+
+def complete_bases(models: Models, wanted: Sequence[str]) -> Models:
+    """The bases that have all of these methods, each with the seeds of the first base's."""
+    there = {base: of for base, of in models.items() if set(wanted) <= of.keys()}
+    seeds = next(({*of[wanted[0]].seeds} for of in there.values()), set())
+    return {
+        base: of for base, of in there.items() if all({*of[name].seeds} == seeds for name in wanted if name != BASE)
+    }
+
+
 Taken = Callable[[Outputs, int], np.ndarray]  # outputs, place of the seed -> (pictures, columns)
 
 
 def measures_of(samples: pd.DataFrame) -> dict[str, tuple[Taken, Callable[[np.ndarray], float]]]:
-    """MEASURES -> what it takes of a model, and how it comes from (bases, seeds, pictures, columns).
-
-    Raises:
-        InputError: no test picture is there with and without the spurious feature.
+    """Those of MEASURES that the data allow -> what it takes of a model, and how it comes from (bases, seeds, pictures,
+    columns). Reliance needs test pictures with and without the spurious feature, WGA that it is known which have it.
     """
     rows = samples[samples["split"].str.startswith("test")].reset_index(drop=True)
     test = np.flatnonzero(rows["split"] == "test")
     pairs = shortcut_pairs(samples)
-    if pairs is None:
-        raise InputError("no test picture is there with and without the spurious feature: reliance has no meaning")
-    labels, spurious = rows["label"].to_numpy()[test], rows["spurious"].to_numpy(dtype=bool)[test]
-    group = labels * 2 + spurious
+    known = groups_known(samples)
+    labels = rows["label"].to_numpy()[test]
+    group = labels * 2 + (rows["spurious"].to_numpy(dtype=bool)[test] if known else 0)
 
     def contrasts(of: Outputs, place: int) -> np.ndarray:
+        assert pairs is not None
         return pairs.contrasts(of.logits[:, place])
 
     def right(of: Outputs, place: int) -> np.ndarray:
         return np.stack([of.predictions()[test, place] == labels, group], axis=1).astype(np.float64)
 
-    return {
+    every: dict[str, tuple[Taken, Callable[[np.ndarray], float]]] = {
         "reliance": (contrasts, _reliance),
         "wga": (right, _worst_group),
         "accuracy": (right, lambda drawn: float(drawn[..., 0].mean())),
     }
+    allowed = {"reliance": pairs is not None, "wga": known}
+    return {name: of for name, of in every.items() if allowed.get(name, True)}
 
 
 def drawn_differences(
@@ -201,25 +243,58 @@ def tables(path: Path) -> list[tuple[list[str], list[list[str]]]]:
         InputError: no such file, or a column is missing.
     """
     found = _read(path, ["method", "base", "seed", *COLUMNS])
-    methods: Sequence[str] = in_order(found["method"].unique())
     known = [name for name in COLUMNS if found[name].notna().any()]
     columns = ["method", "models", *(HEADINGS[name] for name in known)]
     rows = []
-    for method in methods:
-        own = found[found["method"] == method]
+    for (method, rrr_lambda), own in _by_method(found):
         spread = [f"{own[name].mean():.3f} ± {own[name].std() if len(own) > 1 else 0:.3f}" for name in known]
-        rows.append([METHODS[method].label, str(len(own)), *spread])
+        rows.append([label_of(method, rrr_lambda), str(len(own)), *spread])
     made = [(columns, rows)]
     beside = path.with_name(f"{path.stem}_compared.csv")
     if beside.exists():
         columns = ["method", "measure", "minus", "difference", "95 % interval", "p", "p, Holm"]
-        made.append((columns, [_comparison(row) for row in _read(beside, COMPARED).to_dict("records")]))
+        made.append((columns, [_comparison(row) for row in read_compared(beside).to_dict("records")]))
     return made
+
+
+def label_of(method: str, rrr_lambda: str = "") -> str:
+    """A method as tables name it, with its λ where it ran with several."""
+    label = METHODS[method].label
+    return f"{label}, λ = {rrr_lambda}" if rrr_lambda else label
+
+
+def read_compared(path: Path) -> pd.DataFrame:
+    """The comparisons of a study. Raises InputError where there is no such file, or a column is missing."""
+    return _read(path, COMPARED)
+
+
+def conclusions(comparisons: pd.DataFrame, primary: str) -> list[str]:
+    """What the comparisons by one measure say, a sentence each: better, worse, or not better (LEVEL, after Holm)."""
+    return [_conclusion(row) for row in comparisons[comparisons["measure"] == primary].to_dict("records")]
+
+
+def _conclusion(row: Mapping[Hashable, Any]) -> str:
+    gain = row["difference"] if MEASURES[row["measure"]] else -row["difference"]
+    said = "not better than" if row["p_holm"] >= LEVEL else "better than" if gain > 0 else "worse than"
+    return (
+        f"{label_of(row['method'], row.get(RRR_LAMBDA, ''))} is {said} '{METHODS[row['against']].label}' by "
+        f"{HEADINGS[row['measure']]}: {row['value']:.3f} and {row['value_against']:.3f}, difference "
+        f"{row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f}), p {row['p_holm']:.4f} after Holm"
+    )
+
+
+def _by_method(found: pd.DataFrame) -> Iterator[tuple[tuple[str, str], pd.DataFrame]]:
+    """The rows of each method and λ, in order."""
+    for method in in_order(found["method"].unique()):
+        own = found[found["method"] == method]
+        values = list(own[RRR_LAMBDA].unique()) if RRR_LAMBDA in found else [""]
+        for rrr_lambda in sorted(values, key=lambda value: float(value or -1)):
+            yield (method, rrr_lambda), own[own[RRR_LAMBDA] == rrr_lambda] if RRR_LAMBDA in found else own
 
 
 def _comparison(row: Mapping[Hashable, Any]) -> list[str]:
     return [
-        METHODS[row["method"]].label,
+        label_of(row["method"], row.get(RRR_LAMBDA, "")),
         HEADINGS[row["measure"]],
         METHODS[row["against"]].label,
         f"{row['difference']:+.3f}",
@@ -231,9 +306,9 @@ def _comparison(row: Mapping[Hashable, Any]) -> list[str]:
 
 def _read(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     try:
-        found = pd.read_csv(path, dtype={"base": str, "seed": str})
+        found = pd.read_csv(path, dtype={"base": str, "seed": str, RRR_LAMBDA: str}, keep_default_na=True)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable; write it with `python -m benchmarks.study`") from error
+        raise InputError(f"{path}: not readable; write it with `lvlmva experiments`") from error
     if missing := [name for name in columns if name not in found]:
-        raise InputError(f"{path}: no column '{missing[0]}'; write it anew with `python -m benchmarks.study`")
-    return found
+        raise InputError(f"{path}: no column '{missing[0]}'; write it anew with `lvlmva experiments`")
+    return found.fillna({RRR_LAMBDA: ""}) if RRR_LAMBDA in found else found

@@ -39,6 +39,10 @@ class Execution(Settings):
     options: dict[str, Option] = Field(default_factory=dict)
 
 
+class TasksFailedError(InputError):
+    """Some tasks failed; the others were run to their end."""
+
+
 @dataclass(frozen=True)
 class Task:
     """A command to run.
@@ -143,7 +147,7 @@ def run_tasks(tasks: Sequence[Task], execution: Execution, logs: Path, descripti
         How each ended, in the order of `tasks`; all well.
 
     Raises:
-        InputError: some failed; names them, and where their output lies. What the others did is done.
+        TasksFailedError: some failed; names them, and where their output lies. What the others did is done.
     """
     if len({task.name for task in tasks}) < len(tasks):
         raise ValueError("two tasks have one name")
@@ -174,7 +178,7 @@ def run_tasks(tasks: Sequence[Task], execution: Execution, logs: Path, descripti
     failed = [task.name for task in tasks if not ended[task.name].ok]
     if failed:
         named = ", ".join(failed[:NAMED_AT_MOST]) + (", ..." if len(failed) > NAMED_AT_MOST else "")
-        raise InputError(
+        raise TasksFailedError(
             f"{len(failed)} of {len(tasks)} tasks failed ({named}); what they said lies in {logs}; mend it and repeat "
             "the command: what was done stays done"
         )

@@ -7,7 +7,7 @@ before them: at most n answers, and one while no answer has come yet and the bud
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,7 +126,9 @@ class Budget:
         self.endpoint = endpoint
         self.section = section
         self.spent = Spent()
-        self.earlier = Spent()  # by other critics in this run; counts against the limits
+        self.earlier = Spent()  # by others under the same limits
+        self.earlier_by = "by the critics before"
+        self.on_booked: Callable[[float], None] | None = None  # is told what each answer cost, in USD
         self._in_flight: dict[int, int] = {}  # estimated input tokens of each request
         self._next = 0
         self._input_ratio = 1.0  # the most that an answer's input took, of what was estimated
@@ -185,7 +187,10 @@ class Budget:
         self.spent.unanswered += not answered
         self.spent.input_tokens += inputs
         self.spent.output_tokens += outputs
-        self.spent.cost_usd += cost_usd(self.endpoint, inputs, outputs, tier=tier if isinstance(tier, str) else None)
+        cost = cost_usd(self.endpoint, inputs, outputs, tier=tier if isinstance(tier, str) else None)
+        self.spent.cost_usd += cost
+        if self.on_booked is not None:
+            self.on_booked(cost)
         self.release(ticket)
 
     def _worst(self, tokens: int) -> float:
@@ -195,7 +200,7 @@ class Budget:
         raise BudgetSpentError(
             f"stopped after {self.spent.calls} new calls and {self.spent.cost_usd:.4f} USD"
             + (
-                f" (and {self.earlier.calls} and {self.earlier.cost_usd:.4f} USD by the critics before)"
+                f" (and {self.earlier.calls} and {self.earlier.cost_usd:.4f} USD {self.earlier_by})"
                 if self.earlier.calls
                 else ""
             )

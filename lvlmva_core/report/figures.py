@@ -1,7 +1,9 @@
 """Figures: what changed, on how many, and why (matplotlib, drawn without a display)."""
 
+import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib as mpl
@@ -13,6 +15,19 @@ from matplotlib.figure import Figure
 from lvlmva_core.methods import in_order, method
 from lvlmva_core.outputs import BASE
 from lvlmva_core.render import attribution_limit
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A difference of `group` to `label`, with its interval. different: whether a test calls it one."""
+
+    group: str
+    label: str
+    color: str
+    difference: float
+    low: float
+    high: float
+    different: bool
 
 
 def outcome_figure(bars: Mapping[str, Mapping[str, tuple[float, float]]], caption: str) -> Figure:
@@ -85,6 +100,46 @@ def sweep_figure(sweep: pd.DataFrame, setting: str) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=8, frameon=False, loc="outside right center")
+    return figure
+
+
+def study_figure(panels: Mapping[str, Sequence[Compared]], caption: str) -> Figure:
+    """Differences of a study with their intervals, one panel a measure, from top to bottom.
+
+    A filled point is a difference that the study's test calls one, a hollow one is not.
+
+    Args:
+        panels: title -> what was compared. caption: who judged, and on what.
+    """
+    # a line for each group, and its rows below it
+    lines = {
+        title: [
+            line
+            for group, own in itertools.groupby(rows, key=lambda row: row.group)
+            for line in (f"{group}, minus", *own)
+        ]
+        for title, rows in panels.items()
+    }
+    heights = [len(of) + 1.6 for of in lines.values()]
+    figure = Figure(figsize=(9, 0.26 * sum(heights) + 0.7), layout="constrained")
+    _say(figure, caption, 9)
+    grid = figure.subplots(len(lines), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (title, of) in zip(grid, lines.items(), strict=True):
+        axes.axvline(0, color="black", linewidth=0.8)
+        for place, row in enumerate(of):
+            if isinstance(row, Compared):
+                whiskers = [[row.difference - row.low], [row.high - row.difference]]
+                style = {"color": row.color, "markerfacecolor": row.color if row.different else "white"}
+                axes.errorbar(row.difference, place, xerr=whiskers, fmt="o", markersize=5, capsize=3, **style)
+        names = [row.label if isinstance(row, Compared) else row for row in of]
+        axes.set_yticks(range(len(of)), names, fontsize=8)
+        for row, tick in zip(of, axes.yaxis.get_major_ticks(), strict=True):
+            tick.label1.set_fontweight("normal" if isinstance(row, Compared) else "bold")
+            tick.tick1line.set_visible(isinstance(row, Compared))
+        axes.set_ylim(len(of) - 0.5, -0.5)
+        axes.tick_params(axis="x", labelsize=8)
+        axes.set_title(title, fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
