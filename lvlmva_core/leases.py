@@ -84,7 +84,10 @@ class Leases:
         """
         place = self.folder / name
         while True:
-            place.mkdir(parents=True, exist_ok=True)
+            try:
+                place.mkdir(parents=True, exist_ok=True)
+            except FileExistsError:  # was there, and is gone
+                continue
             try:
                 there = _numbers(place)
                 if self._any_alive(place, there):

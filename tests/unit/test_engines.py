@@ -128,9 +128,11 @@ def test_a_job_is_sent_to_slurm_as_an_array_with_so_many_at_once(
     commands = {
         "sbatch": 'cp "$1" "$SLURM_TRIAL/sent"; echo "Submitted batch job 7"\n'
         "for n in 0 1 2; do (export SLURM_JOB_ID=1$n SLURM_ARRAY_JOB_ID=7 SLURM_ARRAY_TASK_ID=$n SLURM_NTASKS=1 "
-        "SLURM_JOB_NUM_NODES=1 SLURM_NODEID=0 SLURM_PROCID=0 SLURM_LOCALID=0; bash $1) >/dev/null 2>&1; done &",
+        "SLURM_JOB_NUM_NODES=1 SLURM_JOB_NODELIST=here SLURM_NODEID=0 SLURM_PROCID=0 SLURM_LOCALID=0; bash $1); "
+        'touch "$SLURM_TRIAL/over"; done >> "$SLURM_TRIAL/said" 2>&1 &',
         "srun": 'while [ "${1#-}" != "$1" ]; do case "$1" in --*=*|--unbuffered) shift;; *) shift 2;; esac; done; "$@"',
-        "sacct": 'echo "JobID|State|NodeList"; for n in 0 1 2; do echo "7_$n|RUNNING|here"; done',
+        "sacct": 'echo "JobID|State|NodeList"; test -e "$SLURM_TRIAL/over" && state=FAILED || state=RUNNING; '
+        'for n in 0 1 2; do echo "7_$n|$state|here"; done',
         "scancel": "",
     }
     folder = tmp_path / "commands"

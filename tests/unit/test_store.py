@@ -131,7 +131,7 @@ def _count(root: Path, file: Path) -> None:
             file.write_text(str(int(file.read_text()) + 1))
 
 
-def test_a_lock_keeps_processes_apart(tmp_path: Path) -> None:
+def _count_together(tmp_path: Path) -> None:
     file = tmp_path / "counter"
     file.write_text("0")
     context = multiprocessing.get_context("spawn")
@@ -141,6 +141,10 @@ def test_a_lock_keeps_processes_apart(tmp_path: Path) -> None:
     for process in processes:
         process.join()
     assert file.read_text() == "150"
+
+
+def test_a_lock_keeps_processes_apart(tmp_path: Path) -> None:
+    _count_together(tmp_path)
     assert not list((tmp_path / "store" / "locks").iterdir())
 
 
@@ -272,8 +276,9 @@ def test_without_locks_leases_take_their_place_for_all(
 
 def test_leases_keep_processes_apart_as_locks_do(tmp_path: Path) -> None:
     (tmp_path / "store" / "lock_leases").mkdir(parents=True)
-    test_a_lock_keeps_processes_apart(tmp_path)
+    _count_together(tmp_path)
     assert not list((tmp_path / "store" / "lock_leases").iterdir())
+    assert not (tmp_path / "store" / "locks").exists()
 
 
 def test_where_locks_are_known_to_stay_on_one_machine_leases_are_taken(
