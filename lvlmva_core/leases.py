@@ -84,7 +84,10 @@ class Leases:
         """
         place = self.folder / name
         while True:
-            place.mkdir(parents=True, exist_ok=True)
+            try:
+                place.mkdir(parents=True, exist_ok=True)
+            except FileExistsError:  # was there, and is gone
+                continue
             try:
                 there = _numbers(place)
                 if self._any_alive(place, there):
@@ -137,10 +140,9 @@ def _numbers(place: Path) -> list[int]:
 def _now(folder: Path) -> float:
     """The time by the clock that dates the files of a folder, which may be a server's."""
     file = folder / f".now.{os.getpid()}.{secrets.token_hex(4)}"
-    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    # without O_EXCL: NFS 3 keeps a mark of its own in the times of a file that is created exclusively
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT, 0o666)
     try:
-        os.write(descriptor, b"\n")
-        os.fsync(descriptor)  # NFS would date it by its own clock until it is written
         return os.fstat(descriptor).st_mtime
     finally:
         os.close(descriptor)

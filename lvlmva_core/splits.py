@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from lvlmva_core.models import predict_logits
 from lvlmva_core.samples import Split, read_images, rows_of_ids, rows_of_split, to_unit_range
 
 
@@ -30,3 +31,11 @@ def read_rows(images: Path, chosen: pd.DataFrame, device: torch.device) -> Split
     """These rows of the sample table, whose index is the row in images.zarr, in their order."""
     pixels = torch.from_numpy(to_unit_range(read_images(images, chosen.index.to_numpy())))
     return Split(pixels.to(device), torch.from_numpy(chosen["label"].to_numpy(copy=True)).to(device), chosen)
+
+
+def logits_of_rows(
+    model: torch.nn.Module, images: Path, chosen: pd.DataFrame, device: torch.device, batch_size: int = 500
+) -> torch.Tensor:
+    """`predict_logits` of these rows of the sample table, of which no more than a batch is in memory."""
+    parts = [chosen.iloc[first : first + batch_size] for first in range(0, len(chosen), batch_size)]
+    return torch.cat([predict_logits(model, read_rows(images, part, device).images, batch_size) for part in parts])

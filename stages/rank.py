@@ -8,10 +8,10 @@ from lvlmva.entry import run
 from lvlmva.params import load_params
 from lvlmva_core.arrays import write_json, write_table
 from lvlmva_core.compute import set_up_compute
-from lvlmva_core.models import load_checkpoint, predict_logits
+from lvlmva_core.models import load_checkpoint
 from lvlmva_core.ranking import output_entropy, select_alignment_set, summary_of
-from lvlmva_core.samples import read_samples
-from lvlmva_core.splits import read_split
+from lvlmva_core.samples import read_samples, rows_of_split
+from lvlmva_core.splits import logits_of_rows
 
 
 def rank(
@@ -21,13 +21,14 @@ def rank(
     loaded = load_params(params)
     device = set_up_compute(loaded.compute.device, loaded.compute.threads)
     classifier, _ = load_checkpoint(base, device, loaded.train.model)
-    training = read_split(images, read_samples(samples), "train", device)
-    logits = predict_logits(classifier, training.images)
+    table = read_samples(samples)
+    training = table.iloc[rows_of_split(table, "train")]
+    logits = logits_of_rows(classifier, images, training, device)
     candidates = pd.DataFrame(
         {
-            "id": training.table["id"].to_numpy(),
+            "id": training["id"].to_numpy(),
             "entropy": output_entropy(logits).cpu().numpy(),
-            "label": training.table["label"].to_numpy(),
+            "label": training["label"].to_numpy(),
             "prediction": logits.argmax(1).cpu().numpy(),
         }
     )
@@ -37,7 +38,7 @@ def rank(
         candidates, config.n_samples, config.strategy, stratify=config.stratify, seed=config.seed
     )
     write_table(alignment_set, chosen)
-    write_json(rank_metrics, {"rank": {"strategy": config.strategy, **summary_of(chosen, training.table)}})
+    write_json(rank_metrics, {"rank": {"strategy": config.strategy, **summary_of(chosen, training)}})
 
 
 if __name__ == "__main__":

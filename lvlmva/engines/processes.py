@@ -19,7 +19,10 @@ def run(jobs: Sequence[Job], execution: Execution) -> Iterator[Ended | None]:
         while waiting or running:
             while waiting and len(running) < execution.workers:
                 job = waiting.pop(0)
-                running.append((job, job.start()))
+                try:
+                    running.append((job, job.start()))
+                except OSError as error:  # no such command, or no room for a process
+                    yield Ended(job, None, str(error))
             wait()
             for job, process in list(running):
                 if process.poll() is not None:

@@ -27,8 +27,9 @@ def run(jobs: Sequence[Job], execution: Execution) -> Iterator[Ended | None]:
         options.setdefault("num_cpus", 1)
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **start)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise InputError(f"execution.options.address '{address}': Ray says: {error}") from error
+    except Exception as error:  # some of what it raises has no type of its own
+        where = "on this machine" if address is None else f"at execution.options.address '{address}'"
+        raise InputError(f"Ray cannot be started or reached {where}: {error}") from error
     # a task that is lost is not begun anew by itself: its log would be overwritten
     task = ray.remote(_run).options(max_retries=0, **options)
     waiting = list(jobs)

@@ -1,6 +1,8 @@
 """The store: deterministic bytes, nothing half written, nothing damaged served, locks that hold and let go."""
 
 import asyncio
+import errno
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -9,6 +11,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +22,7 @@ from hypothesis.extra import numpy as npst
 from lvlmva_core.errors import InputError
 from lvlmva_core.store import Store, canonical_json, digest, digest_array
 
-KEY = "ab" + "0" * 62
+KEY, OTHER = "ab" + "0" * 62, "cd" + "0" * 62
 FORMAT1 = Path(__file__).parents[1] / "fixtures" / "format1"
 ARRAYS = npst.arrays(
     dtype=st.sampled_from([np.dtype(name) for name in ("uint8", "bool", "int64", "float32", ">f8", "float16")]),
@@ -128,7 +131,7 @@ def _count(root: Path, file: Path) -> None:
             file.write_text(str(int(file.read_text()) + 1))
 
 
-def test_a_lock_keeps_processes_apart(tmp_path: Path) -> None:
+def _count_together(tmp_path: Path) -> None:
     file = tmp_path / "counter"
     file.write_text("0")
     context = multiprocessing.get_context("spawn")
@@ -138,6 +141,10 @@ def test_a_lock_keeps_processes_apart(tmp_path: Path) -> None:
     for process in processes:
         process.join()
     assert file.read_text() == "150"
+
+
+def test_a_lock_keeps_processes_apart(tmp_path: Path) -> None:
+    _count_together(tmp_path)
     assert not list((tmp_path / "store" / "locks").iterdir())
 
 
@@ -224,3 +231,59 @@ def test_a_folder_in_the_place_of_a_record_is_set_aside(tmp_path: Path, caplog: 
     assert store.get_arrays("maps", KEY) is None
     assert "damaged record" in caplog.text
     assert store.put_arrays("maps", KEY, {"x": np.arange(3)})
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS])
+def test_without_hard_links_records_are_renamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int
+) -> None:
+    """As on FAT, and on some network file systems."""
+
+    def no_link(*_: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "link", no_link)
+    store = Store(tmp_path / "store")
+    assert store.put_arrays("maps", KEY, {"x": np.arange(3)})
+    assert not Store(tmp_path / "store").put_arrays("maps", KEY, {"x": np.arange(4)})
+    assert store.put_arrays("maps", OTHER, {"x": np.arange(5)})
+    np.testing.assert_array_equal(store.get_arrays("maps", KEY)["x"], np.arange(3))  # type: ignore[index]
+    assert sorted(path.name for path in store.root.rglob("*") if path.is_file()) == [
+        f"{KEY}.arrays",
+        f"{OTHER}.arrays",
+    ]
+    assert caplog.text.count("has no hard links") == 1
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_without_locks_leases_take_their_place_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int
+) -> None:
+    def no_lock(*_: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    root = tmp_path / "store"
+    with monkeypatch.context() as here:
+        here.setattr(fcntl, "flock", no_lock)
+        with Store(root).lock("maps", KEY):
+            assert not _free(Store(root))
+            here.undo()
+            assert not _free(Store(root))  # a machine on which locks work goes by leases too
+        assert _free(Store(root))
+    assert (root / "lock_leases").is_dir()
+    assert caplog.text.count("leases take their place") == 1
+
+
+def test_leases_keep_processes_apart_as_locks_do(tmp_path: Path) -> None:
+    (tmp_path / "store" / "lock_leases").mkdir(parents=True)
+    _count_together(tmp_path)
+    assert not list((tmp_path / "store" / "lock_leases").iterdir())
+    assert not (tmp_path / "store" / "locks").exists()
+
+
+def test_where_locks_are_known_to_stay_on_one_machine_leases_are_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lvlmva_core.store.locks_are_local", lambda root: root == tmp_path)
+    with Store(tmp_path).lock("maps", KEY):
+        assert [path.name for path in (tmp_path / "lock_leases").iterdir()] == [f"maps-{KEY}"]
