@@ -1,6 +1,6 @@
 """How wrong may the critic be? Both corrections over a grid of wrong verdicts; goes on where it was killed.
 
-    python -m benchmarks.critic_errors --work <folder> [--bases 3]
+    python -m benchmarks.critic_errors --work <folder> [--bases 3] [--errors by_class]
     python -m benchmarks.critic_errors --report      # figures and the page's tables anew, from the committed rows
 
 What is measured, and how, was declared before the first run: docs/critic_errors.md.
@@ -17,7 +17,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.trials import CORRECTIONS, LAMBDA_ZERO, Trial, differences, values_of
+from benchmarks.trials import CORRECTIONS, LAMBDA_ZERO, Trial, differences, values_of, write_table
 from lvlmva.tables import put_tables
 from lvlmva_core.errors import InputError
 from lvlmva_core.methods import METHODS
@@ -58,17 +58,18 @@ def cells() -> list[Cell]:
     return found
 
 
-def measure(folder: Path, bases: int, train: bool) -> None:
+def measure(folder: Path, bases: int, train: bool, kinds: Sequence[str]) -> None:
     """Train what is not there, and write the rows and comparisons of what is complete, after each kind of errors."""
     trials = [Trial(folder / f"base={base}", "decoy_digits", [f"train.seed={base}"]) for base in range(bases)]
     if not train:
-        write_rows(trials)
+        write_rows(trials, kinds)
         return
+    wanted = [cell for cell in cells() if cell[0] in kinds]
     started, trained = time.monotonic(), 0
     for base, trial in enumerate(trials):
         trial.train(LAMBDA_ZERO, base, {LAMBDA_ZERO: {}})
-    for errors in ERRORS:
-        chosen = [cell for cell in cells() if cell[0] == errors]
+    for errors in kinds:
+        chosen = [cell for cell in wanted if cell[0] == errors]
         for base, trial in enumerate(trials):
             trial.train("lvlm_va", base, {_name("lvlm_va", cell): _critic(cell) for cell in chosen})
         for cell in chosen:
@@ -77,11 +78,11 @@ def measure(folder: Path, bases: int, train: bool) -> None:
                 trained += not trial.file(name).exists()
                 trial.train("lvlm_va_counterexamples", base, {name: _critic(cell)})
             if trained:
-                left = len(cells()) - cells().index(cell) - 1
-                minutes = (time.monotonic() - started) / trained * left * len(trials) / 60
-                sys.stdout.write(f"{cell}: {cells().index(cell) + 1} of {len(cells())}, about {minutes:.0f} min left\n")
+                place = wanted.index(cell) + 1
+                minutes = (time.monotonic() - started) / trained * (len(wanted) - place) * len(trials) / 60
+                sys.stdout.write(f"{cell}: {place} of {len(wanted)}, about {minutes:.0f} min left\n")
                 sys.stdout.flush()
-        write_rows(trials)
+        write_rows(trials, kinds)
 
 
 def _critic(cell: Cell) -> dict[str, str | float]:
@@ -92,9 +93,12 @@ def _name(method: str, cell: Cell) -> str:
     return f"{method}-{cell[0]}-{cell[1]}-{cell[2]}"
 
 
-def write_rows(trials: Sequence[Trial]) -> None:
-    """Of every complete cell a row a model, and a row for each difference to the base and to λ = 0."""
-    wanted = {cell: [_name(method, cell) for method in CORRECTIONS] for cell in cells()}
+def write_rows(trials: Sequence[Trial], kinds: Sequence[str]) -> None:
+    """Of every complete cell a row a model, and a row for each difference to the base and to λ = 0.
+
+    Rows of other kinds of errors stay as they are in the files.
+    """
+    wanted = {cell: [_name(method, cell) for method in CORRECTIONS] for cell in cells() if cell[0] in kinds}
     done = [
         cell for cell, names in wanted.items() if all(trial.file(name).exists() for trial in trials for name in names)
     ]
@@ -116,9 +120,8 @@ def write_rows(trials: Sequence[Trial]) -> None:
                 for name, (value, low, high) in differences(trials[0], found, others).items():
                     of = {"method": method, "against": against, "measure": name}
                     compared.append({**told, **of, "difference": value, "low": low, "high": high})
-    ROWS.parent.mkdir(exist_ok=True)
-    pd.DataFrame(rows).to_csv(ROWS, index=False, float_format="%.6f")
-    pd.DataFrame(compared).to_csv(COMPARED, index=False, float_format="%.6f")
+    for file, made in ((ROWS, rows), (COMPARED, compared)):
+        write_table(file, made, ["errors"], ["", *ERRORS])
 
 
 def grid_of(compared: pd.DataFrame, errors: str, method: str, measure: str, column: str, against: str) -> np.ndarray:
@@ -279,13 +282,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", type=Path, help="folder of the trial")
     parser.add_argument("--bases", type=int, default=3)
+    parser.add_argument("--errors", nargs="+", choices=list(ERRORS), default=list(ERRORS), help="kinds of errors")
     parser.add_argument("--tables", action="store_true", help="train nothing, write the rows of what is there")
     parser.add_argument("--report", action="store_true", help="only figures and tables, from the committed rows")
     options = parser.parse_args()
     if not options.report:
         if options.work is None:
             raise InputError("--work is missing: name a folder for the trial, or say --report")
-        measure(options.work.resolve(), options.bases, not options.tables)
+        measure(options.work.resolve(), options.bases, not options.tables, options.errors)
     report()
 
 

@@ -38,6 +38,10 @@ CHANGES: dict[str, tuple[str, ...]] = {  # laid over the preset; why: docs/study
     "decoy_digits": (
         *("critique.critic=oracle", "critique.false_negative_rate=0.13", "critique.false_positive_rate=0.05"),
     ),
+    "decoy_mnist": (
+        *("critique.critic=oracle", "critique.false_negative_rate=0.13", "critique.false_positive_rate=0.05"),
+        "retrained={}",
+    ),
     "knee": ("critique.false_negative_rate=0.13", "critique.false_positive_rate=0.0045"),
     "skin": (
         "critique.false_negative_rate=0.13",

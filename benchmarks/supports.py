@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from benchmarks.trials import CORRECTIONS, LAMBDA_ZERO, Trial, differences, values_of
+from benchmarks.trials import CORRECTIONS, LAMBDA_ZERO, Trial, differences, values_of, write_table
 from lvlmva.tables import put_tables
 from lvlmva_core.arrays import read_array
 from lvlmva_core.diffuse import diffuse_share
@@ -71,7 +71,7 @@ def train(folder: Path, shortcuts: Sequence[tuple[str, int]], bases: int) -> Non
 def write_rows(folder: Path, bases: int) -> None:
     """Of every complete shortcut a row a model, and a row for each difference to the base and to λ = 0.
 
-    A correction that one of the bases does not allow is left out.
+    A correction that one of the bases does not allow is left out. Rows of other shortcuts stay as they are in the file.
     """
     rows: list[dict[str, object]] = []
     compared: list[dict[str, object]] = []
@@ -94,9 +94,8 @@ def write_rows(folder: Path, bases: int) -> None:
                 for name, (value, low, high) in differences(trials[0], outputs[method], outputs[against]).items():
                     of = {"method": method, "against": against, "measure": name}
                     compared.append({**told, **of, "difference": value, "low": low, "high": high})
-    ROWS.parent.mkdir(exist_ok=True)
-    pd.DataFrame(rows).to_csv(ROWS, index=False, float_format="%.6f")
-    pd.DataFrame(compared).to_csv(COMPARED, index=False, float_format="%.6f")
+    for file, made in ((ROWS, rows), (COMPARED, compared)):
+        write_table(file, made, ["kind", "side"], SHORTCUTS)
 
 
 def threshold_of(rows: pd.DataFrame) -> float:
@@ -214,7 +213,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", type=Path, help="folder of the trial")
     parser.add_argument("--bases", type=int, default=3)
-    parser.add_argument("--only", nargs="+", default=[], help="shortcuts to train, such as blur-28; no tables then")
+    parser.add_argument("--only", nargs="+", default=[], help="shortcuts to train, such as blur-28")
     parser.add_argument("--tables", action="store_true", help="train nothing, write the rows of what is complete")
     parser.add_argument("--report", action="store_true", help="only figure and tables, from the committed rows")
     options = parser.parse_args()
@@ -225,8 +224,6 @@ def main() -> None:
         if not options.tables:
             chosen = [each for each in SHORTCUTS if not options.only or f"{each[0]}-{each[1]}" in options.only]
             train(folder, chosen, options.bases)
-        if options.only:
-            return
         write_rows(folder, options.bases)
     report()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from benchmarks.study import preset_content
 from lvlmva.changes import content_bytes
@@ -173,3 +174,21 @@ def differences(
         low, high = np.quantile(drawn_differences(ours, theirs, statistic, draws, 0), [0.025, 0.975])
         found[name] = (statistic(ours) - statistic(theirs), float(low), float(high))
     return found
+
+
+def write_table(file: Path, made: Sequence[Mapping[str, object]], by: Sequence[str], order: Sequence[object]) -> None:
+    """Write rows as CSV, sorted by their columns `by` in a given order; rows of the file about other things stay.
+
+    They may have been made elsewhere: a work folder need not hold everything that is committed.
+    """
+    table = pd.DataFrame(made)
+    keys = [tuple(row) for row in table[list(by)].itertuples(index=False)]
+    if file.exists():
+        there = pd.read_csv(file)
+        there[list(by)] = there[list(by)].fillna("")
+        others = [tuple(row) not in set(keys) for row in there[list(by)].itertuples(index=False)]
+        table = pd.concat([table, there[others]])
+        keys += [tuple(row) for row in there.loc[others, list(by)].itertuples(index=False)]
+    places = [order.index(key if len(by) > 1 else key[0]) for key in keys]
+    file.parent.mkdir(exist_ok=True)
+    table.iloc[np.argsort(places, kind="stable")].to_csv(file, index=False, float_format="%.6f")
