@@ -224,6 +224,24 @@ def test_several_lambdas_are_one_family() -> None:
     assert said[5].startswith("LVLM-VA, λ = 1 is better than 'control: random masks' by reliance: ")
 
 
+def test_a_method_without_lambda_stands_once_and_not_against_what_has_one() -> None:
+    samples = _samples()
+    models = _models(1.9, ["0", "1"])
+    for base, of in models.items():
+        of["lvlm_va_counterexamples"], of["rrr_gt"] = (
+            _outputs(samples, effect, ["0", "1"], int(base)) for effect in (0.3, 0.1)
+        )
+    both = compared_over({"0.1": models, "1": models}, samples, draws=20)
+    counted = both[both["measure"] == "wga"].groupby(["method", "rrr_lambda"])["against"].agg(list).to_dict()
+    assert counted == {
+        ("lvlm_va", "0.1"): [BASE, "lambda_zero", "random_masks", "rrr_gt"],
+        ("lvlm_va", "1"): [BASE, "lambda_zero", "random_masks", "rrr_gt"],
+        ("lvlm_va_counterexamples", ""): [BASE, "lambda_zero"],
+    }
+    bound = both[(both["against"] == "rrr_gt") & (both["measure"] == "wga")]  # a family of its own
+    np.testing.assert_allclose(bound["p_holm"], np.minimum(1, 2 * bound["p"]))
+
+
 def test_a_base_that_lacks_a_seed_is_not_compared() -> None:
     models = _models(0.2, ["0", "1"])
     models["2"] = {**models["0"], "lvlm_va": _outputs(_samples(), 0.2, ["0"], 2)}
