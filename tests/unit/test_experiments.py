@@ -85,7 +85,10 @@ def _content(changes: dict[str, Any] | None = None, **asked: Any) -> dict[str, A
     return asked_params(ROOT / "params.yaml", given, asked)
 
 
-def test_other_params_are_another_study_and_more_of_the_same_are_not(tmp_path: Path) -> None:
+def test_other_params_are_another_study_and_more_of_the_same_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
     study = Study(tmp_path, (0, 1), ("lvlm_va",))
     set_up(study, _content(seeds=[0, 1]))
     first = read_content(tmp_path / "base=1/params.yaml")
@@ -98,7 +101,16 @@ def test_other_params_are_another_study_and_more_of_the_same_are_not(tmp_path: P
         set_up(study, _content({"methods.lvlm_va.rrr_lambda": 3}, seeds=[0, 1]))
     with pytest.raises(InputError, match="has seeds 0, 1; name them all"):
         set_up(study, _content(seeds=[1, 2]))
+    with pytest.raises(InputError, match=r"base=[01]: has other seeds; name this base too"):
+        set_up(Study(tmp_path, (2,), ("lvlm_va",)), _content(seeds=[0, 1, 2]))
     assert read_content(tmp_path / "base=1/params.yaml") == first
+    assert not (tmp_path / "base=2").exists()
+    kept = tmp_path / "base=0/data/settings/judge_prompts.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text('{"sha256": "of others"}')
+    with pytest.raises(InputError, match="made with other prompts than prompts/decoy_digits holds now"):
+        set_up(study, _content(seeds=[0, 1]))
+    kept.unlink()
     marks = ["settings", "train", "align-lvlm_va", "evaluate-lvlm_va", "evaluate-base"]
     for name in marks:
         mark_of(tmp_path, Piece.named(f"base=0-{name}")).parent.mkdir(exist_ok=True)
