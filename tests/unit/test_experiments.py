@@ -72,7 +72,7 @@ def test_study_with_words_is_experiments_and_without_the_user_study(
     # prepare, and of each base 8 up to the masks, its evaluation, and at each λ settings and two of each method
     assert f"0 of {1 + 2 * (8 + 1 + 2 * (1 + 2 * 2))} pieces of work are done" in said[0].stdout
     assert not (tmp_path / "s").exists()
-    empty = CliRunner().invoke(app, ["study", "--summary", "--folder", str(tmp_path / "q")])
+    empty = CliRunner().invoke(app, ["study", "--summary", "--participant", "a=b", "--folder", str(tmp_path / "q")])
     assert "no study there; begin one with `lvlmva study`" in str(empty.exception)
     for name, other in (("study", "lvlmva experiments --help"), ("experiments", "lvlmva study")):
         assert other in " ".join(CliRunner().invoke(app, [name, "--help"], terminal_width=200).output.split())
