@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import shutil
 from collections import Counter
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,11 @@ from lvlmva import experiments as command
 from lvlmva.changes import read_content
 from lvlmva.cli import app
 from lvlmva.engines import Execution
-from lvlmva.experiments import asked_params, declare, parse_words, run_study
-from lvlmva.experiments_folder import Piece, Study, is_done, mark_of, set_up
+from lvlmva.experiments import asked_params, conclude, declare, parse_words, run_study
+from lvlmva.experiments_folder import Piece, Study, is_done, mark_of, paths_of, set_up
+from lvlmva_core.arrays import write_table
 from lvlmva_core.errors import InputError
-from lvlmva_core.outputs import BASE, Outputs
+from lvlmva_core.outputs import BASE, Outputs, write_outputs
 from lvlmva_core.statistics import holm
 from lvlmva_core.study import compared, compared_over, complete_bases, conclusions, measures_of
 from tests.unit.test_study import _outputs, _samples
@@ -252,6 +255,52 @@ def test_a_method_without_lambda_stands_once_and_not_against_what_has_one() -> N
     }
     bound = both[(both["against"] == "rrr_gt") & (both["measure"] == "wga")]  # a family of its own
     np.testing.assert_allclose(bound["p_holm"], np.minimum(1, 2 * bound["p"]))
+
+
+def test_results_at_two_lambdas_of_pictures_whose_groups_nobody_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accuracy alone decides; what has no λ stands once; a method at params' own λ is in the rows and not compared."""
+    monkeypatch.chdir(ROOT)
+    samples = _samples().query("split != 'test_twins'").sort_values("id", ignore_index=True)
+    unknown = pd.array([None] * len(samples), dtype="boolean")
+    table = samples.assign(spurious=unknown, group=samples["label"].astype(str), sha256="")
+    write_table(tmp_path / "samples.parquet", table)
+    effects = {"": {BASE: 2.0, "lambda_zero": 1.9, "lvlm_va": 1.0}, "0.1": {"lvlm_va": 0.5}, "1": {"lvlm_va": 0.1}}
+    for base in range(2):
+        for rrr_lambda, of_methods in effects.items():
+            for method, effect in of_methods.items():
+                piece = Piece("evaluate", base, rrr_lambda, method)
+                found = _outputs(samples, effect, [""] if method == BASE else ["0", "1"], base)
+                known = paths_of(tmp_path, piece.folder(tmp_path))
+                write_outputs(known["evaluations"] / f"{method}.safetensors", found)
+                mark_of(tmp_path, piece).parent.mkdir(exist_ok=True)
+                mark_of(tmp_path, piece).touch()
+        verdicts = ROOT / "tests/fixtures/format1/rules_verdicts.jsonl"
+        shutil.copy(verdicts, paths_of(tmp_path, tmp_path / f"base={base}")["verdicts"])
+    declare(tmp_path, None)
+    said = StringIO()
+    with contextlib.redirect_stdout(said):
+        conclude(tmp_path)
+    rows = pd.read_csv(tmp_path / "rows.csv", dtype=str).fillna("")
+    counted = rows.groupby(["method", "rrr_lambda"]).size().to_dict()
+    assert counted == {
+        (BASE, ""): 2,
+        ("lambda_zero", ""): 4,
+        **{("lvlm_va", rrr_lambda): 4 for rrr_lambda in effects},
+    }
+    assert set(rows["wga"]) == set(rows["reliance"]) == {""}
+    compared_rows = pd.read_csv(tmp_path / "rows_compared.csv", dtype={"rrr_lambda": str})
+    assert compared_rows[["rrr_lambda", "measure", "against"]].to_numpy().tolist() == [
+        [rrr_lambda, "accuracy", other] for rrr_lambda in ("0.1", "1") for other in (BASE, "lambda_zero")
+    ]
+    page = (tmp_path / "rows.md").read_text()
+    assert page.startswith("18 models; critic: rules (a stand-in, not a vision-language model)")
+    assert "Primary measure: accuracy (more is better)." in page
+    assert said.getvalue().count("LVLM-VA, λ = ") == 4
+    (tmp_path / "declared.json").write_text('{"primary": "wga"}')
+    with pytest.raises(InputError, match="'wga' was declared, and the data set does not hold what it needs"):
+        conclude(tmp_path)
 
 
 def test_a_base_that_lacks_a_seed_is_not_compared() -> None:
