@@ -47,7 +47,8 @@ class StudyOrExperiments(TyperCommand):
 
     def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> Any:
         """The context of whichever of the two was meant."""
-        if any(re.match(r"[a-z]+=", word) for before, word in pairwise(["", *args]) if before not in ("-S", "--set")):
+        values = ("-S", "--set", "--folder", "--participant")  # options after which a word is no word of its own
+        if any(re.match(r"[a-z]+=", word) for before, word in pairwise(["", *args]) if before not in values):
             alone = typer.Typer()
             alone.command()(experiments)
             return get_command(alone).make_context(info_name, args, *rest, **extra)

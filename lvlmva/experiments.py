@@ -138,7 +138,7 @@ def _numbers(word: str, values: str) -> list[int]:
         if last - first >= MOST or last >= 2**31:
             raise InputError(f"'{word}': '{part}' is too much; a range has {MOST} numbers at most, below 2**31")
         found += range(first, last + 1)
-    return _once(word, found)
+    return sorted(_once(word, found))
 
 
 def _names(word: str, values: str) -> list[str]:

@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from lvlmva.changes import content_bytes
-from lvlmva.params import Params, load_params, params_of
+from lvlmva.params import Params, load_params, params_of, prompts_folder
 from lvlmva.pipeline import paths
+from lvlmva_core.arrays import read_json
 from lvlmva_core.errors import InputError
+from lvlmva_core.lvlm.prompts import CRITIC_FILES, JUDGE_FILES, prompts_digest
 from lvlmva_core.lvlm.settings import Endpoint
 from lvlmva_core.methods import METHODS
 from lvlmva_core.outputs import BASE
@@ -171,7 +173,13 @@ def set_up(study: Study, content: Mapping[str, Any]) -> None:
     known = {place: params_of(each, place / "params.yaml") for place, each in made.items()}
     before = {place: load_params(place / "params.yaml") for place in made if (place / "params.yaml").exists()}
     for place, params in before.items():  # nothing is changed before all is known to fit
-        _check_same(params, known[place], place / "params.yaml")
+        _check_same(params, known[place], place)
+    for place in set(study.folder.glob("base=*")) - made.keys():  # bases that are not named now are pooled all the same
+        params, wanted = load_params(place / "params.yaml"), params_of(_params_of(content, base_of(place), ""), place)
+        _check_same(params, wanted, place)
+        if params.align.seeds != wanted.align.seeds:
+            raise InputError(f"{place}: has other seeds; name this base too, or take another --folder")
+    study.folder.mkdir(parents=True, exist_ok=True)
     replace_file(study.folder / ".gitignore", b"*\n")  # large, and made again by the command
     for place, each in made.items():
         if place in before:
@@ -193,8 +201,9 @@ def _params_of(content: Mapping[str, Any], base: int, rrr_lambda: str) -> dict[s
     return made
 
 
-def _check_same(before: Params, wanted: Params, file: Path) -> None:
-    """Raise InputError where what was made with `before` is not what `wanted` would make."""
+def _check_same(before: Params, wanted: Params, place: Path) -> None:
+    """Raise InputError where what was made with `before` is not what `wanted`, or today's prompts, would make."""
+    file = place / "params.yaml"
     for name in Params.model_fields:
         if name in ("methods", "retrained", *DECIDE_NOTHING):
             continue
@@ -207,6 +216,12 @@ def _check_same(before: Params, wanted: Params, file: Path) -> None:
             raise InputError(
                 f"{file}: of another study (the settings of '{name}' differ); take another --folder, or undo the change"
             )
+    for section, files in (("critique", CRITIC_FILES), ("judge", JUDGE_FILES)):
+        kept = place / paths()["settings"] / f"{section}_prompts.json"
+        name = getattr(wanted, section).prompts
+        prompts = prompts_folder(Path(paths()["prompts"]), f"{section}.prompts", name)
+        if kept.exists() and read_json(kept)["sha256"] != prompts_digest(prompts, *files):
+            raise InputError(f"{place}: was made with other prompts than {prompts} holds now; take another --folder")
     missing = sorted(set(before.align.seeds) - set(wanted.align.seeds))
     if missing:
         raise InputError(

@@ -7,7 +7,6 @@ and however often it was killed. Everything that needs no model is done for all 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import typer
 
@@ -132,7 +131,7 @@ def is_paid(params: Params) -> bool:
     return any(endpoints(params).values())
 
 
-def most_calls(params: Params, bases: int) -> dict[str, Any]:
+def most_calls(params: Params, bases: int) -> dict[str, int]:
     """Stage -> how many first calls there can be over all bases, known before any region is."""
     samples = params.rank.n_samples
     critics = params.critique.all_critics()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from lvlmva.experiments_folder import Piece, base_of, is_done, paths_of
+from lvlmva.experiments_folder import Piece, base_of, has_lambda, is_done, paths_of
 from lvlmva.pipeline import paths
 from lvlmva_core.comparison import Runs, measure
 from lvlmva_core.lvlm.records import VerdictRow, read_rows
@@ -100,7 +100,10 @@ def write_rows(found: Found, rows: Path) -> None:
         parts = [(rrr_lambda, rows_of(values)) for rrr_lambda, values in found.values.items()]
         table = pd.concat([part.assign(**{RRR_LAMBDA: rrr_lambda}) for rrr_lambda, part in parts], ignore_index=True)
         table = table[["method", RRR_LAMBDA, *(name for name in table if name not in ("method", RRR_LAMBDA))]]
-        plain = found.models[""]
+        plain = {
+            base: {name: each for name, each in of.items() if name == BASE or not has_lambda(name)}
+            for base, of in found.models[""].items()
+        }
         whole = {
             rrr_lambda: {base: {**plain[base], **found.models[rrr_lambda].get(base, {})} for base in plain}
             for rrr_lambda in several

@@ -88,9 +88,8 @@ def _in_number_order(value: Any) -> Any:
 
 def compared(models: Models, samples: pd.DataFrame, *, draws: int = 2000, seed: int = 0) -> pd.DataFrame:
     """Each method of CONTROLS against base, λ = 0 and its best control, by each of MEASURES that the data allow.
-
     Families of their own: the paper's correction against the methods of the literature that are there, and each method
-    against BOUND if it is there.
+    against BOUND if it is.
 
     Only bases count that have every method which is compared, with the same seeds. The best control is the one of the
     best mean (reliance: the smallest absolute), chosen anew for each measure on these very models, which favours the
@@ -115,10 +114,12 @@ def compared(models: Models, samples: pd.DataFrame, *, draws: int = 2000, seed: 
             better = max if MEASURES[measure] else min
             there = [name for name in controls if name in wanted]
             best = [better(there, key=lambda name: means[name])] if there else []
-            plain, further, bound = (
-                [name for name in names if name in wanted] for names in ((BASE, LAMBDA_ZERO), literature, (BOUND,))
-            )
-            for others in ([*plain, *best], further, bound):
+            plain = [name for name in (BASE, LAMBDA_ZERO) if name in wanted]
+            for others in (
+                [*plain, *best],
+                [name for name in literature if name in wanted],
+                [BOUND] if BOUND in wanted else [],
+            ):
                 family = {}
                 for other in others:
                     found = drawn_differences(stacked[subject], stacked[other], statistic, draws, seed)
@@ -137,18 +138,16 @@ def compared_over(by_lambda: Mapping[str, Models], samples: pd.DataFrame, *, dra
         by_lambda: λ -> models, in which what has no λ is the same.
 
     Returns:
-        Columns COMPARED with RRR_LAMBDA after "method".
+        Columns COMPARED with RRR_LAMBDA after "method". A method without λ is not compared with BOUND, which has one.
     """
     found = []
-    for rrr_lambda, models in by_lambda.items():
+    for place, (rrr_lambda, models) in enumerate(by_lambda.items()):
         table = compared(models, samples, draws=draws)
-        table.insert(1, RRR_LAMBDA, rrr_lambda)
-        found.append(table)
+        without = table["method"].map(lambda name: METHODS[name].correction == "counterexamples").astype(bool)
+        table.insert(1, RRR_LAMBDA, np.where(without, "", rrr_lambda))
+        found.append(table[~without | ((table["against"] != BOUND) & (place == 0))])
     both = pd.concat(found, ignore_index=True)
-    without = both["method"].map(lambda name: METHODS[name].correction == "counterexamples")
-    both.loc[without, RRR_LAMBDA] = ""
-    both = both.drop_duplicates(["method", RRR_LAMBDA, "measure", "against"], ignore_index=True)
-    family = both["against"].map(lambda name: name if name == BOUND else METHODS[name].kind == "retrained")
+    family = both["against"].map(lambda name: name if name == BOUND else METHODS[name].kind == "retrained").astype(str)
     for _, rows in both.groupby(["method", "measure", family], sort=False):
         adjusted = holm({str(place): p for place, p in rows["p"].items()})
         both.loc[rows.index, "p_holm"] = [adjusted[str(place)] for place in rows.index]

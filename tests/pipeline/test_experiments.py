@@ -92,12 +92,11 @@ def test_rows_are_what_the_outputs_say(whole: tuple[Path, str]) -> None:
 
 def test_it_goes_on_after_a_kill_to_the_same_bytes(whole: tuple[Path, str], tmp_path: Path) -> None:
     """Two workers, all killed with the first base's regions there; what was done is not done again."""
-    process = start(tmp_path, 2)
-    while not (tmp_path / "done/base=0-segment").exists():
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)  # its workers go on with what they are at
-    process.wait()
+    with start(tmp_path, 2) as process:
+        while not (tmp_path / "done/base=0-segment").exists():
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)  # its workers go on with what they are at
     assert not (tmp_path / "rows.csv").exists()
     marks = {mark.name: mark.stat().st_mtime_ns for mark in (tmp_path / "done").iterdir()}
     finish(start(tmp_path, 2))

@@ -101,12 +101,12 @@ def test_a_cost_that_was_paid_before_a_kill_counts(study: Study, server: Server,
         "from lvlmva.experiments_paid import ask_models\n"
         f"ask_models(Study(Path({str(study.folder)!r}), {BASES}, ('lvlm_va',), paid=True), yes=True)\n"
     )
-    process = start(tmp_path, "asks", environment(tmp_path / "store", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}"))
-    while server.paid() < 3:
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    variables = environment(tmp_path / "store", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    with start(tmp_path, "asks", variables) as process:
+        while server.paid() < 3:
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
     lines = (study.folder / LEDGER).read_text().splitlines()
     assert len(lines) in (server.paid() - 1, server.paid())  # an answer may be on its way
     each = json.loads(lines[0])["cost_usd"]

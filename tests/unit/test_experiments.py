@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import shutil
 from collections import Counter
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,11 @@ from lvlmva import experiments as command
 from lvlmva.changes import read_content
 from lvlmva.cli import app
 from lvlmva.engines import Execution
-from lvlmva.experiments import asked_params, declare, parse_words, run_study
-from lvlmva.experiments_folder import Piece, Study, is_done, mark_of, set_up
+from lvlmva.experiments import asked_params, conclude, declare, parse_words, run_study
+from lvlmva.experiments_folder import Piece, Study, is_done, mark_of, paths_of, set_up
+from lvlmva_core.arrays import write_table
 from lvlmva_core.errors import InputError
-from lvlmva_core.outputs import BASE, Outputs
+from lvlmva_core.outputs import BASE, Outputs, write_outputs
 from lvlmva_core.statistics import holm
 from lvlmva_core.study import compared, compared_over, complete_bases, conclusions, measures_of
 from tests.unit.test_study import _outputs, _samples
@@ -72,7 +75,7 @@ def test_study_with_words_is_experiments_and_without_the_user_study(
     # prepare, and of each base 8 up to the masks, its evaluation, and at each λ settings and two of each method
     assert f"0 of {1 + 2 * (8 + 1 + 2 * (1 + 2 * 2))} pieces of work are done" in said[0].stdout
     assert not (tmp_path / "s").exists()
-    empty = CliRunner().invoke(app, ["study", "--summary", "--folder", str(tmp_path / "q")])
+    empty = CliRunner().invoke(app, ["study", "--summary", "--participant", "a=b", "--folder", str(tmp_path / "q")])
     assert "no study there; begin one with `lvlmva study`" in str(empty.exception)
     for name, other in (("study", "lvlmva experiments --help"), ("experiments", "lvlmva study")):
         assert other in " ".join(CliRunner().invoke(app, [name, "--help"], terminal_width=200).output.split())
@@ -85,7 +88,10 @@ def _content(changes: dict[str, Any] | None = None, **asked: Any) -> dict[str, A
     return asked_params(ROOT / "params.yaml", given, asked)
 
 
-def test_other_params_are_another_study_and_more_of_the_same_are_not(tmp_path: Path) -> None:
+def test_other_params_are_another_study_and_more_of_the_same_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
     study = Study(tmp_path, (0, 1), ("lvlm_va",))
     set_up(study, _content(seeds=[0, 1]))
     first = read_content(tmp_path / "base=1/params.yaml")
@@ -98,7 +104,16 @@ def test_other_params_are_another_study_and_more_of_the_same_are_not(tmp_path: P
         set_up(study, _content({"methods.lvlm_va.rrr_lambda": 3}, seeds=[0, 1]))
     with pytest.raises(InputError, match="has seeds 0, 1; name them all"):
         set_up(study, _content(seeds=[1, 2]))
+    with pytest.raises(InputError, match=r"base=[01]: has other seeds; name this base too"):
+        set_up(Study(tmp_path, (2,), ("lvlm_va",)), _content(seeds=[0, 1, 2]))
     assert read_content(tmp_path / "base=1/params.yaml") == first
+    assert not (tmp_path / "base=2").exists()
+    kept = tmp_path / "base=0/data/settings/judge_prompts.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text('{"sha256": "of others"}')
+    with pytest.raises(InputError, match="made with other prompts than prompts/decoy_digits holds now"):
+        set_up(study, _content(seeds=[0, 1]))
+    kept.unlink()
     marks = ["settings", "train", "align-lvlm_va", "evaluate-lvlm_va", "evaluate-base"]
     for name in marks:
         mark_of(tmp_path, Piece.named(f"base=0-{name}")).parent.mkdir(exist_ok=True)
@@ -222,6 +237,70 @@ def test_several_lambdas_are_one_family() -> None:
     assert said[1].startswith("LVLM-VA, λ = 0.1 is not better than 'control: λ = 0' by reliance: ")
     assert said[2].startswith("LVLM-VA, λ = 0.1 is worse than 'control: random masks' by reliance: ")
     assert said[5].startswith("LVLM-VA, λ = 1 is better than 'control: random masks' by reliance: ")
+
+
+def test_a_method_without_lambda_stands_once_and_not_against_what_has_one() -> None:
+    samples = _samples()
+    models = _models(1.9, ["0", "1"])
+    for base, of in models.items():
+        of["lvlm_va_counterexamples"], of["rrr_gt"] = (
+            _outputs(samples, effect, ["0", "1"], int(base)) for effect in (0.3, 0.1)
+        )
+    both = compared_over({"0.1": models, "1": models}, samples, draws=20)
+    counted = both[both["measure"] == "wga"].groupby(["method", "rrr_lambda"])["against"].agg(list).to_dict()
+    assert counted == {
+        ("lvlm_va", "0.1"): [BASE, "lambda_zero", "random_masks", "rrr_gt"],
+        ("lvlm_va", "1"): [BASE, "lambda_zero", "random_masks", "rrr_gt"],
+        ("lvlm_va_counterexamples", ""): [BASE, "lambda_zero"],
+    }
+    bound = both[(both["against"] == "rrr_gt") & (both["measure"] == "wga")]  # a family of its own
+    np.testing.assert_allclose(bound["p_holm"], np.minimum(1, 2 * bound["p"]))
+
+
+def test_results_at_two_lambdas_of_pictures_whose_groups_nobody_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accuracy alone decides; what has no λ stands once; a method at params' own λ is in the rows and not compared."""
+    monkeypatch.chdir(ROOT)
+    samples = _samples().query("split != 'test_twins'").sort_values("id", ignore_index=True)
+    unknown = pd.array([None] * len(samples), dtype="boolean")
+    table = samples.assign(spurious=unknown, group=samples["label"].astype(str), sha256="")
+    write_table(tmp_path / "samples.parquet", table)
+    effects = {"": {BASE: 2.0, "lambda_zero": 1.9, "lvlm_va": 1.0}, "0.1": {"lvlm_va": 0.5}, "1": {"lvlm_va": 0.1}}
+    for base in range(2):
+        for rrr_lambda, of_methods in effects.items():
+            for method, effect in of_methods.items():
+                piece = Piece("evaluate", base, rrr_lambda, method)
+                found = _outputs(samples, effect, [""] if method == BASE else ["0", "1"], base)
+                known = paths_of(tmp_path, piece.folder(tmp_path))
+                write_outputs(known["evaluations"] / f"{method}.safetensors", found)
+                mark_of(tmp_path, piece).parent.mkdir(exist_ok=True)
+                mark_of(tmp_path, piece).touch()
+        verdicts = ROOT / "tests/fixtures/format1/rules_verdicts.jsonl"
+        shutil.copy(verdicts, paths_of(tmp_path, tmp_path / f"base={base}")["verdicts"])
+    declare(tmp_path, None)
+    said = StringIO()
+    with contextlib.redirect_stdout(said):
+        conclude(tmp_path)
+    rows = pd.read_csv(tmp_path / "rows.csv", dtype=str).fillna("")
+    counted = rows.groupby(["method", "rrr_lambda"]).size().to_dict()
+    assert counted == {
+        (BASE, ""): 2,
+        ("lambda_zero", ""): 4,
+        **{("lvlm_va", rrr_lambda): 4 for rrr_lambda in effects},
+    }
+    assert set(rows["wga"]) == set(rows["reliance"]) == {""}
+    compared_rows = pd.read_csv(tmp_path / "rows_compared.csv", dtype={"rrr_lambda": str})
+    assert compared_rows[["rrr_lambda", "measure", "against"]].to_numpy().tolist() == [
+        [rrr_lambda, "accuracy", other] for rrr_lambda in ("0.1", "1") for other in (BASE, "lambda_zero")
+    ]
+    page = (tmp_path / "rows.md").read_text()
+    assert page.startswith("18 models; critic: rules (a stand-in, not a vision-language model)")
+    assert "Primary measure: accuracy (more is better)." in page
+    assert said.getvalue().count("LVLM-VA, λ = ") == 4
+    (tmp_path / "declared.json").write_text('{"primary": "wga"}')
+    with pytest.raises(InputError, match="'wga' was declared, and the data set does not hold what it needs"):
+        conclude(tmp_path)
 
 
 def test_a_base_that_lacks_a_seed_is_not_compared() -> None:

@@ -1,4 +1,4 @@
-"""A study over several bases: rows and comparisons of models whose reliance is known, tables, resumption."""
+"""A study over several bases: rows and comparisons of models whose reliance is known, tables, params."""
 
 import re
 from pathlib import Path
@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from benchmarks import study as runner
 from lvlmva.cli import app
+from lvlmva.params import params_of
 from lvlmva_core.comparison import measure
 from lvlmva_core.errors import InputError
 from lvlmva_core.outputs import BASE, Outputs
@@ -144,31 +145,18 @@ def test_the_page_shows_the_tables_of_the_rows(file: Path) -> None:
     assert shown[1] == CliRunner().invoke(app, ["tables", str(rows)]).stdout
 
 
-def test_a_study_goes_on_where_it_was_killed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("experiment", list(runner.CHANGES))
+def test_the_params_of_a_study_are_the_presets_with_what_was_declared(
+    experiment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work = list(runner.work_of(tmp_path, 2, ["lambda_zero"]))
-    assert len(work) == 1 + 2 * (len(runner.CHAIN) + 3)
-    ran: list[tuple[str, str, str]] = []
-
-    def killed_at(count: int) -> None:
-        def run(_folder: Path, here: Path, stage: str, options: dict[str, str]) -> None:
-            if len(ran) == count:
-                raise KeyboardInterrupt
-            ran.append((here.name, stage, *options.values(), "")[:3])  # type: ignore[arg-type]
-
-        monkeypatch.setattr(runner, "run", run)
-        monkeypatch.setattr(runner, "write_tables", lambda *_: None)
-        runner.study(tmp_path, work, tmp_path / "knee.csv")
-
-    with pytest.raises(KeyboardInterrupt, match=r"^$"):
-        killed_at(7)
-    killed_at(10_000)
-    expected = [(here.name, stage, *options.values(), "")[:3] for here, stage, options in work]
-    assert ran == expected  # each once, in order
-    said = capsys.readouterr().out.splitlines()
-    assert [line.split("; ")[1].split(",")[0] for line in said] == [f"{n} of {len(work)}" for n in range(1, 24)]
-    assert said[-1].endswith("about 0 min left")
+    monkeypatch.chdir(ROOT)
+    changes = [*runner.changes_of(experiment, 2), "prepare.root=archive"]
+    params = params_of(runner.preset_content(experiment, changes), Path("params.yaml"))
+    assert params.align.seeds == [0, 1]
+    assert params.critique.model_dump()["critic"] == "oracle"
+    assert params.critique.model_dump()["false_negative_rate"] == 0.13
+    assert {*runner.METHODS} < {*params.chosen_methods()}
+    assert not params.evaluate.robustness
 
 
 def test_the_methods_of_the_literature_are_a_family_of_their_own() -> None:
