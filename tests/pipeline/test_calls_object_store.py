@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,16 +20,7 @@ from lvlmva_core.shared_store import UnreachableError
 from tests.pipeline.calls import COUNT, CRITIQUE, KEY, Server, critique_here, environment, project, rows, run
 from tests.s3 import BUCKET, S3, SECRET, Proxy, running_s3
 
-pytest.importorskip("boto3", reason="the extra s3 is not installed")
-pytest.importorskip("moto", reason="the S3 server of these tests is not installed")
-
 Be = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[S3]:
-    with running_s3() as server:
-        yield server
 
 
 @pytest.fixture
