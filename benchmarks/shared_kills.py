@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -113,26 +114,43 @@ def _round(
     for name in machines:
         begin(name)
     left = generator.randint(1, MOST_KILLS)
-    until = time.monotonic() + generator.uniform(0.0, 4.0)
+    moment = _moment(server, generator)
     while running:
         for name, process in list(running.items()):
             if process.exitcode is None:
                 continue
             del running[name]
             if process.exitcode:
-                assert process.exitcode in (1, -signal.SIGKILL), (machines[name] / "said.txt").read_text()
-                said = (machines[name] / "said.txt").read_text()
-                assert process.exitcode != 1 or "cannot be reached" in said, said
-                tally.stopped += process.exitcode == 1
+                if process.exitcode != -signal.SIGKILL:
+                    said = (machines[name] / "said.txt").read_text()
+                    assert process.exitcode == 1, said
+                    assert "cannot be reached" in said.splitlines()[-1], said
+                    tally.stopped += 1
                 ended.add(f"key-{name}-{lives[name]}")
                 begin(name)
-        if left and running and time.monotonic() > until:
+        if left and running and moment():
             running[generator.choice(sorted(running))].kill()
-            left, until = left - 1, time.monotonic() + generator.uniform(0.0, 4.0)
+            left, moment = left - 1, _moment(server, generator)
             tally.kills += 1
         time.sleep(0.02)
     _check(s3, prefix, server, machines, samples, ended, tally)
     tally.rounds += 1
+
+
+def _moment(server: Server, generator: random.Random) -> Callable[[], bool]:
+    """Says whether a random moment has come: after some time, or soon after some more questions were sent."""
+    if generator.random() < 1 / 4:
+        then = time.monotonic() + generator.uniform(0.0, 4.0)
+        return lambda: time.monotonic() > then
+    enough, pause = server.count()[0] + generator.randint(1, 2 * CONCURRENCY), generator.uniform(0.0, 2 * LATENCY_S)
+    reached: list[float] = []
+
+    def come() -> bool:
+        if not reached and server.count()[0] >= enough:
+            reached.append(time.monotonic())
+        return bool(reached) and time.monotonic() > reached[0] + pause
+
+    return come
 
 
 def _check(
