@@ -1,7 +1,7 @@
 """Pictures on an object store: what `prepare.root` names there, as a local copy that is downloaded once."""
 
+import errno
 import hashlib
-import itertools
 import os
 import secrets
 import shutil
@@ -71,16 +71,19 @@ def local_copy(address: str) -> Path:
     whole = hashlib.sha256("\n".join(f"{version} {below}" for below, version in wanted.items()).encode()).hexdigest()
     tree = folder / whole[:16]
     if not tree.is_dir():
-        absent = {version: below for below, version in wanted.items() if not _object(folder, version).exists()}
+        absent = [below for below, version in wanted.items() if not _object(folder, version).exists()]
         sys.stderr.write(f"{name}: {len(wanted)} files, {len(absent)} to download into {folder}\n")
-        for group in track(list(_grouped(absent.items())), "download"):
-            sizes = [int(listed[below]["size"]) for _, below in group]
-            sources = [f"{path}/{below}" if below else path for _, below in group]
+        for first in track(range(0, len(absent), AT_ONCE), "download"):
+            group = absent[first : first + AT_ONCE]
+            sizes = [int(listed[below]["size"]) for below in group]
+            sources = [f"{path.rstrip('/')}/{below}" if below else path for below in group]
             try:
-                _download(files, sources, sizes, [_object(folder, version) for version, _ in group])
+                _download(files, sources, sizes, [_object(folder, wanted[below]) for below in group])
             except InputError:
                 raise
-            except Exception as error:  # noqa: BLE001 - see above
+            except Exception as error:
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise
                 raise _unreadable(name, error) from None
         _lay_out(folder, wanted, tree, PurePosixPath(path).name)
     only = tree / PurePosixPath(path).name
@@ -89,8 +92,9 @@ def local_copy(address: str) -> Path:
 
 def _below(path: str, file: str) -> str:
     """The name of a file below a path, "" for the path itself. Raises InputError where it leads elsewhere."""
-    below = PurePosixPath(file.removeprefix(path.rstrip("/")).lstrip("/"))
-    if not file.startswith(path.rstrip("/")) or ".." in below.parts or "\\" in str(below):
+    folder = path.rstrip("/")
+    below = PurePosixPath(file.removeprefix(folder).lstrip("/"))
+    if (file != path and not file.startswith(f"{folder}/")) or ".." in below.parts or "\\" in str(below):
         raise InputError(f"{path}: holds an object '{file}', whose name leads elsewhere; rename it")
     return "" if not below.parts else str(below) + ("/" if file.endswith("/") else "")
 
@@ -102,11 +106,6 @@ def _version(name: str, below: str, about: dict[str, Any]) -> str:
 
 def _object(folder: Path, version: str) -> Path:
     return folder / "objects" / version[:2] / version
-
-
-def _grouped(items: Any) -> Any:
-    remaining = iter(items)
-    return iter(lambda: list(itertools.islice(remaining, AT_ONCE)), [])
 
 
 def _download(files: Any, sources: list[str], sizes: list[int], targets: list[Path]) -> None:
