@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 
 import typer
 
-from lvlmva.hydrate import committed_versions, open_shared, open_store, version_at_head
+from lvlmva.hydrate import committed_versions, open_store, version_at_head
 from lvlmva.ledger import open_ledger
+from lvlmva.shared import exchange_calls, share_calls
 from lvlmva_core.errors import InputError
 from lvlmva_core.lvlm.batches import Collector, Exported, export_calls, rate_of_input, under_way
 from lvlmva_core.lvlm.budget import Estimate, Spent, cost_usd, estimate_calls, estimate_input_tokens, price_is_known
@@ -39,9 +40,7 @@ from lvlmva_core.lvlm.judge import Judged, ask_judge, judge_call, row_of_judged
 from lvlmva_core.lvlm.prompts import load_critic_prompts, load_judge_prompts
 from lvlmva_core.lvlm.records import CritiqueRow, VerdictRow
 from lvlmva_core.lvlm.settings import Endpoint, ModelCritic, ModelJudge
-from lvlmva_core.lvlm.shared_calls import SharedCalls
 from lvlmva_core.progress import tell
-from lvlmva_core.shared_store import UnreachableError
 from lvlmva_core.store import canonical_json
 
 T = TypeVar("T")
@@ -234,8 +233,7 @@ def ask_all(
         return any(calls.find(question.keys) is None for question in survey.questions)
 
     def meet(keys: Iterable[str]) -> None:
-        if shared is not None:
-            exchange(shared, keys, section, put=not dry_run, must=may_pay and batch is None and is_missing())
+        exchange_calls(shared, keys, section, put=not dry_run, must=may_pay and batch is None and is_missing())
 
     @functools.cache  # before the plan where it shows that something is missing, else when a later call turns out to be
     def fill() -> None:
@@ -448,29 +446,6 @@ def open_calls(out: Path) -> CallStore:
     if new:
         _say(f"{new} answers taken from {out} as committed")
     return calls
-
-
-def share_calls(calls: CallStore) -> SharedCalls | None:
-    """A call store and the store behind it that several machines share, if there is one."""
-    shared = open_shared()
-    return None if shared is None else SharedCalls(calls, shared)
-
-
-def exchange(shared: SharedCalls, keys: Iterable[str], section: str, *, put: bool, must: bool) -> None:
-    """Make this machine's store and the shared one hold the same answers to calls, and say what changed.
-
-    must: whether a shared store that cannot be reached is an error (something would be paid for) or a warning.
-    """
-    try:
-        done = shared.exchange(keys, put=put)
-    except UnreachableError as error:
-        if must:
-            raise
-        _say(f"warning: {section}: {error}; what this run uses may be on this machine alone")
-        return
-    for outcome, told in (("put", "put into"), ("taken", "taken from"), ("damaged", "damaged in")):
-        if done[outcome]:
-            _say(f"{section}: {done[outcome]} answers {told} {shared.shared.name}")
 
 
 def hydrate(calls: CallStore, out: Path, *, required: bool, keep_present: bool = False) -> int:

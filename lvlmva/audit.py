@@ -14,6 +14,7 @@ import typer
 
 from lvlmva.params import load_params
 from lvlmva.pipeline import paths
+from lvlmva.roots import with_local_root
 from lvlmva_core.errors import InputError
 
 if TYPE_CHECKING:
@@ -366,7 +367,7 @@ def _projects(params: Path, split: str, device: "torch.device") -> Subject:
     loaded = load_params(params)
     table = read_samples(known["samples"])
     model, _ = load_checkpoint(known["base"], device, loaded.train.model)
-    root = loaded.prepare.root
+    root = with_local_root(loaded.prepare).root
     return Subject(
         model,
         known["images"],

@@ -15,6 +15,7 @@ from lvlmva.calls import changed_params
 from lvlmva.hydrate import open_store
 from lvlmva.params import load_params
 from lvlmva.pipeline import command_of
+from lvlmva.shared import exchange_calls, share_calls
 from lvlmva_core.errors import InputError
 from lvlmva_core.lvlm.batches import (
     Batch,
@@ -64,6 +65,9 @@ def submit(
     calls = CallStore(open_store())
     with submitting_alone(calls.store):
         found = [(batch_of_file(calls.store, file), file) for file in files]
+        for batch, file in found:
+            if batch.state == "exported":  # what another machine has bought since is not asked again
+                exchange_calls(share_calls(calls), batch.keys, str(file), put=True, must=True)
         for batch, file in found:
             if batch.state == "exported" and (reason := why_not_submit(calls, batch)) is not None:
                 raise InputError(f"{file}: {reason}; write it anew with `lvlmva calls export-batch`")
@@ -126,6 +130,7 @@ def fetch(params: Params = PARAMS) -> None:
                 typer.echo(f"{batch.batch_id}: under way")
                 continue
             results = take_results(calls, [batch], lines, host.endpoint, host.api_key)
+            exchange_calls(share_calls(calls), batch.keys, str(batch.batch_id), put=True, must=False)
             settle(calls.store, batch, results)
             _say(calls, str(batch.batch_id), batch, results)
 
@@ -148,6 +153,7 @@ def import_batch(
             endpoint = _endpoint(params, batch.section)
             key = os.environ.get(endpoint.api_key_variable or "", "").strip()
             results = take_results(calls, [batch], own, endpoint, key)
+            exchange_calls(share_calls(calls), batch.keys, batch.digest[:12], put=True, must=False)
             if is_settled(batch, results):
                 settle(calls.store, batch, results)
             _say(calls, batch.digest[:12], batch, results)

@@ -13,10 +13,11 @@ from urllib.parse import urlsplit
 
 import typer
 
-from lvlmva.ask import allow_host, share_calls
+from lvlmva.ask import allow_host
 from lvlmva.changes import apply_changes, content_bytes, read_content
 from lvlmva.hydrate import open_store
 from lvlmva.pipeline import command_of, paths
+from lvlmva.shared import share_calls
 from lvlmva_core.errors import InputError
 from lvlmva_core.lvlm.calls import KIND, CallStore, Record, check_record, created
 from lvlmva_core.lvlm.records import NO_CRITIQUE, NO_VERDICT, CritiqueRow, Row, VerdictRow, read_rows

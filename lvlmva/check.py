@@ -22,6 +22,8 @@ from lvlmva.check_model import check_model
 from lvlmva.params import Params, load_params, prompts_folder, sections_lacking
 from lvlmva.pipeline import paths
 from lvlmva.probe import Estimate, Probed, megabytes_available, probe
+from lvlmva.roots import with_local_root
+from lvlmva.shared import share_calls
 from lvlmva_core.errors import InputError
 from lvlmva_core.lvlm import detectors
 from lvlmva_core.lvlm.budget import Spent, estimate_calls, estimate_input_tokens, price_is_known
@@ -151,7 +153,7 @@ def _pictures(done: Checklist, loaded: Params, images: Path, samples: Path, mask
 
     def look() -> str:
         with contextlib.redirect_stderr(said):  # notes, and every bad file in a line of its own
-            loaded.prepare.write(images, samples, masks)
+            with_local_root(loaded.prepare).write(images, samples, masks)
         return f"all can be read, as prepare.dataset '{getattr(loaded.prepare, 'dataset', '')}'"
 
     passed = done.attempt("pictures", look)
@@ -354,9 +356,9 @@ def _one_call(
         return key
 
     async def buy() -> tuple[str, Spent]:
-        client = Client(
-            critic.endpoint, "critique.endpoint", open_calls(known["critiques"]), prepare, False, save_elsewhere
-        )
+        calls = open_calls(known["critiques"])
+        shared = share_calls(calls)
+        client = Client(critic.endpoint, "critique.endpoint", calls, prepare, False, save_elsewhere, shared=shared)
         async with client:
             question = Question(call.keys(), lambda: call, "a probe", lambda text: why_no_critique(text, colours))
             record = await client.ask(question)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from lvlmva_core.errors import InputError
-from lvlmva_core.shared_store import SharedStore
 from lvlmva_core.store import HYDRATED, Store
 
 log = logging.getLogger(__name__)
@@ -48,16 +47,6 @@ def open_store() -> Store:
     if root is None:
         raise InputError(f"{Path.cwd()}: not in a DVC project; set LVLMVA_STORE to a folder, or run `dvc init`")
     return Store(_cache_folder(root).parent / "lvlmva-store")
-
-
-def open_shared() -> SharedStore | None:
-    """The store that several machines share, behind `open_store`: `LVLMVA_SHARED_STORE`, or None where it is not set.
-
-    Raises:
-        InputError: it is no address on S3, or boto3 is not installed.
-    """
-    chosen = os.environ.get("LVLMVA_SHARED_STORE", "").strip()
-    return SharedStore(chosen) if chosen else None
 
 
 def committed_versions(out: str, store: Store, *, required: bool = False) -> Iterator[Path]:

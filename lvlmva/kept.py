@@ -4,11 +4,11 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from lvlmva.hydrate import committed_versions, open_shared, open_store
+from lvlmva.hydrate import committed_versions, open_store
+from lvlmva.shared import exchange_arrays
 from lvlmva_core.errors import InputError
 from lvlmva_core.progress import track
 from lvlmva_core.rows import Rows
-from lvlmva_core.shared_store import UnreachableError
 from lvlmva_core.store import Record, Store
 
 RecordsIn = Callable[[Path], Iterable[tuple[str, Record]]]  # a version of an output -> its keys and records
@@ -29,15 +29,17 @@ def kept_or_computed(rows: Rows, out: Path, *, records_in: RecordsIn, stage: str
             computed, and the shared store cannot be reached.
     """
     store, keys = open_store(), rows.keys()
-    absent = found_nowhere(store, rows.kind, keys, out, records_in)
+    absent = found_nowhere(store, rows.kind, keys, out, records_in, stage)
     sys.stderr.write(f"{stage}: {len(keys) - len(absent)} {rows.kind} are there, {len(absent)} to compute\n")
     for first in track(range(0, len(absent), rows.chunk), stage):
         compute_some(store, rows, keys, absent[first : first + rows.chunk])
-    exchange(store, rows.kind, [keys[place] for place in absent], must=False)
+    exchange_arrays(store, rows.kind, [keys[place] for place in absent], stage, must=False)
     return keys, _read(store, rows.kind, keys)
 
 
-def found_nowhere(store: Store, kind: str, keys: Sequence[str], out: Path, records_in: RecordsIn) -> list[int]:
+def found_nowhere(
+    store: Store, kind: str, keys: Sequence[str], out: Path, records_in: RecordsIn, stage: str
+) -> list[int]:
     """The places of the keys whose record is nowhere, after the store took in what is committed and what is shared.
 
     Raises:
@@ -49,8 +51,7 @@ def found_nowhere(store: Store, kind: str, keys: Sequence[str], out: Path, recor
             for key, record in records_in(version):
                 store.put_arrays(kind, key, record)
         absent = missing(store, kind, keys, absent)
-    # other segmentations than the others' would make other calls, and these would be paid again
-    exchange(store, kind, keys, must=bool(absent))
+    exchange_arrays(store, kind, keys, stage, must=bool(absent))
     return missing(store, kind, keys, absent)
 
 
@@ -63,31 +64,6 @@ def compute_some(store: Store, rows: Rows, keys: Sequence[str], places: Sequence
     """Compute the records of `places` and keep them. keys: of all rows."""
     for place, record in zip(places, rows.compute(places), strict=True):
         store.put_arrays(rows.kind, keys[place], record)
-
-
-def exchange(store: Store, kind: str, keys: Sequence[str], *, must: bool) -> None:
-    """Put records into the shared store, if there is one, and take from it what was put there first.
-
-    Raises:
-        InputError: it cannot be reached and `must` be; else that is a warning.
-    """
-    shared = open_shared() if keys else None
-    if shared is None:
-        return
-
-    def take(key: str, content: bytes) -> None:
-        store.take_arrays(kind, key, content)
-
-    try:
-        found = shared.exchange(kind, "arrays", keys, lambda key: store.get_bytes(kind, key, "arrays"), take)
-    except UnreachableError as error:
-        if must:
-            raise
-        sys.stderr.write(f"warning: {error}; what this run uses may be on this machine alone\n")
-        return
-    for outcome, told in (("put", "put into"), ("taken", "taken from")):
-        if count := sum(each == outcome for each in found.values()):
-            sys.stderr.write(f"{count} {kind} {told} {shared.name}\n")
 
 
 def _read(store: Store, kind: str, keys: Sequence[str]) -> Iterator[Record]:

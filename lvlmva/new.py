@@ -14,6 +14,7 @@ import typer
 
 from lvlmva.pipeline import paths
 from lvlmva.preset import preset
+from lvlmva.roots import local_copy
 from lvlmva_core.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ PUBLISHED = 224  # and at most for one that is brought along
 
 def new(
     name: Annotated[str, typer.Argument(help="of the experiment: small letters, digits, underscores")],
-    images: Annotated[str | None, typer.Option(help="folder or tar of the pictures")] = None,
+    images: Annotated[str | None, typer.Option(help="folder or tar of the pictures, here or s3://...")] = None,
     table: Annotated[str | None, typer.Option(help="CSV or parquet, a row a picture; 'none' = class folders")] = None,
     columns: Annotated[
         str | None, typer.Option(help="where the names are unusual: file=image_id,label=dx,patient=case,...")
@@ -144,7 +145,7 @@ def _found(answers: Answers) -> Found:
     from lvlmva_core.datasets.tables import classes_of, listed_tree, read_cells, read_listed, splits_of
 
     images = str(answers.get("images", "Folder (or tar) of the pictures", lambda: None))
-    root = Path(images).expanduser()
+    root = local_copy(images) if "://" in images else Path(images).expanduser()
     if not root.exists():
         raise InputError(f"--images {images}: nothing there; give the folder or tar archive of the pictures")
     table = _none(

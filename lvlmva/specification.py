@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lvlmva.ask import confirm_host, describe, open_calls, save_elsewhere, share_calls
+from lvlmva.ask import confirm_host, describe, open_calls, save_elsewhere
 from lvlmva.params import Params, load_params, prompts_folder
+from lvlmva.shared import share_calls
 from lvlmva_core.corrections import ENOUGH, Judged, corrections_of, judged_regions
 from lvlmva_core.errors import InputError
 from lvlmva_core.lvlm.budget import Spent, estimate_calls, estimate_input_tokens, price_is_known

@@ -16,10 +16,11 @@ import typer
 
 from lvlmva.engines import Task, run_tasks
 from lvlmva.hydrate import open_store
-from lvlmva.kept import RecordsIn, compute_some, exchange, found_nowhere, missing
+from lvlmva.kept import RecordsIn, compute_some, found_nowhere, missing
 from lvlmva.params import load_params
 from lvlmva.pipeline import command_of
 from lvlmva.several import JudgeSettings, criticise_all, name_of
+from lvlmva.shared import exchange_arrays
 from lvlmva_core.leases import LEASE_S, Leases
 from lvlmva_core.lvlm.cases import Case
 from lvlmva_core.lvlm.settings import ModelCritic, ModelJudge, Several
@@ -91,14 +92,14 @@ def fill(
     mine = read_share(share)
     part = _part(rows, mine.places(len(rows.ids)))
     store, keys = open_store(), part.keys()
-    absent = found_nowhere(store, part.kind, keys, out, records_in)
+    absent = found_nowhere(store, part.kind, keys, out, records_in, stage)
     said = f"{len(keys)} of {len(rows.ids)} samples, {len(keys) - len(absent)} {part.kind} are there"
     sys.stderr.write(f"{stage} {mine}: {said}, {len(absent)} to compute\n")
     computed = 0
     chunks = dict.fromkeys(place // part.chunk for place in absent)
     for number in track(_worked(store, part, keys, list(chunks), lease_s), f"{stage} {mine}", total=len(chunks)):
         computed += number
-    exchange(store, part.kind, [keys[place] for place in absent], must=False)
+    exchange_arrays(store, part.kind, [keys[place] for place in absent], stage, must=False)
     sys.stderr.write(f"{stage} {mine}: {computed} computed here, {len(absent) - computed} by others\n")
 
 

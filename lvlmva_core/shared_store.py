@@ -210,7 +210,8 @@ class SharedStore:
         Returns:
             key -> "same", "put" there, "taken" from there, "damaged" there, or "absent" there (and here, or not `put`).
         """
-        there = self.etags(kind, suffix)
+        asked = list(dict.fromkeys(keys))
+        there = self.etags(kind, suffix) if asked else {}
 
         def meet(key: str) -> str:
             own, etag = ours(key), there.get(key)
@@ -228,7 +229,6 @@ class SharedStore:
             stands = self.keep(kind, key, suffix, own, lambda content: self._take(kind, key, content, take))
             return "put" if stands == own else "taken"
 
-        asked = list(dict.fromkeys(keys))
         with ThreadPoolExecutor(AT_ONCE) as threads:
             return dict(zip(asked, threads.map(meet, asked), strict=True))
 

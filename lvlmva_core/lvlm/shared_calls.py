@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from lvlmva_core import shared_store
 from lvlmva_core.lvlm.calls import KIND, UNUSABLE, CallStore, Record, check_record
+from lvlmva_core.lvlm.redact import printable
 from lvlmva_core.shared_store import AT_ONCE, Claim, NotFreeError, SharedStore, UnreachableError
 from lvlmva_core.store import Store, canonical_json, digest
 
@@ -37,6 +38,7 @@ class SharedCalls:
         self.shared = shared
         self.owner = f"{platform.node()}:{_identity(calls.store)}"
         self._stands: set[str] = set()  # keys of which both stores have the same answer
+        self._waits_for: set[str] = set()
         self._threads = ThreadPoolExecutor(AT_ONCE)  # of its own: a lost connection must not hold up what keeps answers
 
     def exchange(self, keys: Iterable[str], *, put: bool = True) -> Counter[str]:
@@ -89,8 +91,12 @@ class SharedCalls:
         """
         claim, pause, host = None, FIRST_LOOK_S, platform.node()
         while claim is None:
-            with contextlib.suppress(NotFreeError):
+            try:
                 claim = await self._apart(lambda: self.shared.claim(KIND, key, self.owner, host))
+            except NotFreeError as error:
+                if str(error) not in self._waits_for:
+                    self._waits_for.add(str(error))
+                    log.warning(f"note: waits for answers that {printable(str(error))} is buying")
             # only now: it may have been put while we were claiming
             if await self._apart(lambda: self._fetch(key)):
                 break

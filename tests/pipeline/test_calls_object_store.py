@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,16 +20,7 @@ from lvlmva_core.shared_store import UnreachableError
 from tests.pipeline.calls import COUNT, CRITIQUE, KEY, Server, critique_here, environment, project, rows, run
 from tests.s3 import BUCKET, S3, SECRET, Proxy, running_s3
 
-pytest.importorskip("boto3", reason="the extra s3 is not installed")
-pytest.importorskip("moto", reason="the S3 server of these tests is not installed")
-
 Be = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[S3]:
-    with running_s3() as server:
-        yield server
 
 
 @pytest.fixture
@@ -66,7 +57,8 @@ def _start(folder: Path, claim_s: float) -> "subprocess.Popen[bytes]":
         f"import sys, runpy, lvlmva_core.shared_store as shared; shared.CLAIM_S = {claim_s}; "
         f"sys.argv = {CRITIQUE.split()!r}; runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
     )
-    return subprocess.Popen([sys.executable, "-c", code], cwd=folder, stderr=subprocess.DEVNULL)
+    with (folder / "said.txt").open("ab") as said:
+        return subprocess.Popen([sys.executable, "-c", code], cwd=folder, stderr=said)
 
 
 def test_two_machines_at_once_buy_each_call_once_and_write_the_same(
@@ -74,8 +66,10 @@ def test_two_machines_at_once_buy_each_call_once_and_write_the_same(
 ) -> None:
     server.set(latency_s=0.3)
     machines = [_start(be(name), shared_store.CLAIM_S) for name in ("one", "two")]
-    assert [machine.wait(timeout=300) for machine in machines] == [0, 0]
-    assert len(server.log()) == COUNT
+    codes = [machine.wait(timeout=300) for machine in machines]
+    said = "".join((tmp_path / name / "said.txt").read_text() for name in ("one", "two"))
+    assert codes == [0, 0], said
+    assert len(server.log()) == COUNT, said
     one, two = ((tmp_path / name / "data" / "critiques.jsonl").read_bytes() for name in ("one", "two"))
     assert one == two
     assert _kinds(s3, tmp_path.name) == {"calls": COUNT, "conditional": 1}  # and no claim is left

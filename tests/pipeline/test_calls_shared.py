@@ -12,6 +12,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from tests.pipeline.calls import COUNT, CRITIQUE, JUDGE, ROOT, Server, environment, project, rows
+from tests.s3 import BUCKET, S3
 
 SEGMENT = (
     "stages.segment --params params.yaml --attributions data/attributions.zarr --images data/images.zarr "
@@ -361,3 +362,18 @@ def test_the_plan_of_changed_params_is_said_and_nothing_is_sent(tmp_path: Path, 
     assert "0 calls to buy" in said.splitlines()[-1]
     assert server.log() == []
     assert one.run("dvc status --quiet") == ""
+
+
+def test_a_remote_on_an_object_store_serves_like_a_folder(tmp_path: Path, server: Server, s3: S3) -> None:
+    variables = s3.variables()
+    del variables["LVLMVA_SHARED_STORE"]
+    one = _first(tmp_path, server, BOTH, **variables)
+    one.run(f"dvc remote modify shared url s3://{BUCKET}/{tmp_path.name}")
+    one.run("dvc repro critique")
+    one.share()
+    server.set()
+    two = _clone(tmp_path, "two", **variables)
+    said = two.run(f"python -m {CRITIQUE}")
+    assert f"{COUNT} answers taken from data/critiques.jsonl as committed" in said
+    assert server.log() == []
+    assert two.answers() == one.answers()
