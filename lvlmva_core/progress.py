@@ -1,5 +1,6 @@
 """Progress of long steps: a bar on a terminal, now and then a line elsewhere."""
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
@@ -13,8 +14,11 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
     """Yield `items`, with a bar on stderr while it is a terminal, else with a line every QUIET_S seconds.
 
     total: how many items there are, where `items` has no length. rich is imported only where a bar is drawn, so that
-    the library works without it.
+    the library works without it. Of processes that torchrun started, the first says something.
     """
+    if os.environ.get("RANK", "0") != "0":
+        yield from items
+        return
     if not sys.stderr.isatty():
         yield from _lines(items, description, len(items) if total is None and isinstance(items, Sized) else total)
         return

@@ -29,3 +29,8 @@ def read_masked(
 def _read(images: Path, chosen: pd.DataFrame, device: torch.device) -> Split:
     pixels = torch.from_numpy(to_unit_range(read_images(images, chosen.index.to_numpy())))
     return Split(pixels.to(device), torch.from_numpy(chosen["label"].to_numpy(copy=True)).to(device), chosen)
+
+
+def arrays_of(*splits: Split) -> list[np.ndarray]:
+    """Images and labels of each, as numpy has them: what names the work that is done on them."""
+    return [tensor.cpu().numpy() for split in splits for tensor in (split.images, split.labels)]
