@@ -149,9 +149,9 @@ def _normalise(
     others = [0, *range(2, input.ndim)]
     each = [1, -1] + [1] * (input.ndim - 2)
     wide = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
-    n = wide.new_full((), input.numel() / input.shape[1])
-    distributed.all_reduce(n)
-    mean = _Sum.apply(wide.sum(others)) / n
+    values = wide.new_full((1,), input.numel() / input.shape[1])
+    summed = _Sum.apply(torch.cat([wide.sum(others), values]))
+    mean, n = summed[:-1] / summed[-1], summed[-1].detach()
     centred = wide - mean.view(each)
     variance = _Sum.apply(centred.square().sum(others)) / n
     if running_mean is not None and running_var is not None:
@@ -159,8 +159,10 @@ def _normalise(
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
             running_var.lerp_((variance * (n / (n - 1))).to(running_var.dtype), momentum)
     scale = torch.rsqrt(variance + eps)
-    result = centred * (scale if weight is None else scale * weight).view(each)
-    return (result if bias is None else result + bias.view(each)).to(input.dtype)
+    result: Tensor = centred * (scale if weight is None else scale * weight).view(each)
+    if bias is not None:
+        result = result + bias.view(each)
+    return result.to(input.dtype)
 
 
 class _Sum(Function):
