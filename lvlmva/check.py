@@ -201,6 +201,7 @@ def _splits(done: Checklist, loaded: Params, samples: Path, masks: Path) -> None
 
 
 def _model(done: Checklist, loaded: Params, params: Path, images: Path, samples: Path, masks: Path) -> Probed | None:
+    from lvlmva.torchrun import check_processes
     from lvlmva_core.compute import set_up_compute
     from lvlmva_core.foreign import initial_spec, load_foreign
     from lvlmva_core.models import build_model
@@ -209,6 +210,8 @@ def _model(done: Checklist, loaded: Params, params: Path, images: Path, samples:
     from lvlmva_core.train_settings import Checkpoint
 
     if not done.attempt("device", lambda: f"{set_up_compute(loaded.compute.device, loaded.compute.threads)}"):
+        return None
+    if not done.attempt("processes", lambda: check_processes(loaded.compute)):
         return None
     threads, cores = loaded.compute.threads, os.cpu_count() or 1
     if loaded.compute.device == "cpu" and threads < cores:

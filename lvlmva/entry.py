@@ -4,6 +4,7 @@ import errno
 import functools
 import gc
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +16,13 @@ from lvlmva.pipeline import paths
 from lvlmva_core.errors import InputError
 
 
-def run(stage: Callable[..., Any]) -> None:
+def run(stage: Callable[..., Any], *, in_processes: bool = False) -> None:
     """Run `stage` as a command whose options are the function's parameters.
 
     A parameter that is a Path has the path of its name in dvc.yaml as default, so that the commands stay short. A
     user's mistake (InputError) and a full disk are one line on stderr, exit code 1; Ctrl-C exits with 130.
+
+    in_processes: whether the stage runs in as many as `compute.processes` of params.yaml says (`lvlmva.torchrun`).
     """
     gc.freeze()
     gc.enable()
@@ -27,7 +30,7 @@ def run(stage: Callable[..., Any]) -> None:
     name = spec.name if spec else stage.__module__
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     try:
-        app.command(help=stage.__doc__)(_with_options(stage))
+        app.command(help=stage.__doc__)(_with_options(stage, name if in_processes else None))
         code = app(standalone_mode=False)  # typer returns the exit code of Ctrl-C instead of raising
     except InputError as error:
         typer.echo(f"error: {name.removeprefix('stages.')}: {' '.join(str(error).split())}", err=True)
@@ -50,11 +53,20 @@ def run(stage: Callable[..., Any]) -> None:
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def _with_options(stage: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function with every parameter an option: typer would make arguments of those without a default."""
+def _with_options(stage: Callable[..., Any], in_processes: str | None) -> Callable[..., Any]:
+    """The same function with every parameter an option: typer would make arguments of those without a default.
+
+    in_processes: the module's name, where the stage may run in several.
+    """
 
     @functools.wraps(stage)
     def command(**options: Any) -> Any:
+        if in_processes:
+            from lvlmva import torchrun
+
+            return torchrun.in_processes(stage, in_processes, options)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            raise InputError("torchrun is for the stages train and align; start this one by itself")
         return stage(**options)
 
     known = paths()

@@ -26,10 +26,12 @@ AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
 class Compute(Settings):
-    """Where tensors live, and on how many CPU threads: both change the last bits of results."""
+    """Where tensors live, on how many CPU threads, in how many processes a model is trained (`lvlmva.torchrun`): all of
+    it changes the last bits of results. Each process has the threads, and a CUDA device, for itself."""
 
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")]
     threads: Count
+    processes: Count = 1
 
 
 class Rank(Settings):

@@ -50,10 +50,11 @@ def _keep_freed_memory() -> None:
 
 
 @contextmanager
-def own_draws(device: torch.device, seed: int, epoch: int) -> Iterator[None]:
-    """Layers that draw random numbers (dropout) take them from (seed, epoch); the global generators are restored."""
+def own_draws(device: torch.device, seed: int, epoch: int, process: int = 0) -> Iterator[None]:
+    """Layers that draw random numbers (dropout) take them from (seed, epoch), and each of several processes from its
+    number; the global generators are restored."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed * 1_000_003 + epoch)
+        torch.manual_seed(seed * 1_000_003 + epoch + (process << 52))
         yield
 
 

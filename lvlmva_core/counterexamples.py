@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lvlmva_core.data_parallel import share
 from lvlmva_core.errors import InputError
 from lvlmva_core.fills import Membrane, fill_by_blur, fill_smoothly
 from lvlmva_core.samples import Split
@@ -122,9 +123,11 @@ class Counterexamples:
         return torch.from_numpy(np.concatenate(drawn, axis=1))
 
     def make(self, drawn: Tensor) -> Made:
-        """The pictures of a step: `drawn` (swapped + erased, 2) as `draw` gives them, on the pictures' device."""
-        donors, others = drawn[:, 0], drawn[:, 1]
-        n = self.settings.swapped
+        """The pictures of a step: `drawn` (swapped + erased, 2) as `draw` gives them, on the pictures' device. Of
+        several processes each makes its share of both kinds."""
+        swapped, erased = (share(kind) for kind in drawn.split([self.settings.swapped, self.settings.erased]))
+        donors, others = torch.cat([swapped, erased]).unbind(1)
+        n = len(swapped)
         own, opacity = self.alignment.images[donors], self.opacity[donors]
         twins, fillers = self.training.images[others[:n]], self._fillings[others[n:]]
         return Made(

@@ -18,8 +18,11 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
     """Yield `items`, with a bar on stderr while it is a terminal, else with a line every QUIET_S seconds.
 
     total: how many items there are, where `items` has no length. rich is imported only where a bar is drawn, so that
-    the library works without it.
+    the library works without it. Of processes that torchrun started, the first says something.
     """
+    if os.environ.get("RANK", "0") != "0":
+        yield from items
+        return
     total = len(items) if total is None and isinstance(items, Sized) else total
     items = _told(items, total)
     if not sys.stderr.isatty():

@@ -1,5 +1,6 @@
 """State of long trainings, kept outside DVC's outputs so that a killed run goes on where it was."""
 
+import io
 import logging
 import os
 import pickle
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from lvlmva_core.data_parallel import number, of_first
 from lvlmva_core.store import Store, digest, digest_file
 
 log = logging.getLogger(__name__)
@@ -21,7 +23,10 @@ COST_FACTOR = 50  # so that writing takes at most a fiftieth of the time
 
 
 class Checkpoint:
-    """A file that holds the state of one training at the end of an epoch, replaced as a whole."""
+    """A file that holds the state of one training at the end of an epoch, replaced as a whole.
+
+    Of several processes the first reads and writes it; the others are told.
+    """
 
     def __init__(self, path: Path, device: torch.device) -> None:
         self.path = path
@@ -30,15 +35,26 @@ class Checkpoint:
 
     def load(self) -> dict[str, Any] | None:
         """The state as it was saved, its tensors on the device; None where there is none or it cannot be read."""
-        try:
-            state: dict[str, Any] = torch.load(self.path, map_location=self.device, weights_only=True)
-        except FileNotFoundError:
-            return None
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            reason = " ".join(str(error).split())[:200]
+        content, reason = None, ""
+        if number() == 0:
+            try:
+                content = self.path.read_bytes()
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                reason = str(error)
+        content = of_first(content)
+        state: dict[str, Any] | None = None
+        if content is not None:
+            try:
+                state = torch.load(io.BytesIO(content), map_location=self.device, weights_only=True)
+            except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+                reason = str(error)
+        if reason:
+            reason = " ".join(reason.split())[:200]
             log.warning(f"warning: {self.path}: damaged checkpoint ({reason}); the training starts anew")
-            return None
-        log.warning(f"note: goes on from the checkpoint {self.path}")
+        if state is not None and number() == 0:
+            log.warning(f"note: goes on from the checkpoint {self.path}")
         return state
 
     def save(self, state: dict[str, Any], *, always: bool = False) -> None:
@@ -47,7 +63,7 @@ class Checkpoint:
         How often this happens depends on the clock; what the training computes does not.
         """
         started = time.monotonic()
-        if started < self._due and not always:
+        if (started < self._due and not always) or number():
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         building = self.path.with_name(f".{self.path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
@@ -82,5 +98,5 @@ class Resume:
 
     def clear(self) -> None:
         """Remove the checkpoints of all parts that were asked for: the work is done and stands in an output."""
-        for path in self._paths:
+        for path in self._paths if number() == 0 else ():
             path.unlink(missing_ok=True)

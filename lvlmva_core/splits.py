@@ -39,3 +39,8 @@ def logits_of_rows(
     """`predict_logits` of these rows of the sample table, of which no more than a batch is in memory."""
     parts = [chosen.iloc[first : first + batch_size] for first in range(0, len(chosen), batch_size)]
     return torch.cat([predict_logits(model, read_rows(images, part, device).images, batch_size) for part in parts])
+
+
+def arrays_of(*splits: Split) -> list[np.ndarray]:
+    """Images and labels of each, as numpy has them: what names the work that is done on them."""
+    return [tensor.cpu().numpy() for split in splits for tensor in (split.images, split.labels)]

@@ -13,6 +13,17 @@ from torch.nn.functional import cross_entropy
 from lvlmva_core.adam import Adam
 from lvlmva_core.compute import own_draws
 from lvlmva_core.convolutions import safe_weight_gradients
+from lvlmva_core.data_parallel import (
+    check_batch,
+    check_plain,
+    mean,
+    number,
+    predict_together,
+    processes,
+    share,
+    whole_batch,
+    with_mean_gradients,
+)
 from lvlmva_core.errors import InputError
 from lvlmva_core.models import predict_logits
 from lvlmva_core.progress import track
@@ -65,7 +76,7 @@ def endless_batches(n_samples: int, batch_size: int, generator: torch.Generator,
 
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Share of images (N, C, H, W) whose highest logit is that of their label (N,)."""
-    predictions = predict_logits(model, images).argmax(1)
+    predictions = predict_together(model, images).argmax(1)
     return float((predictions == labels.to(predictions.device)).double().mean())
 
 
@@ -102,6 +113,9 @@ def train_classifier(
 ) -> pd.DataFrame:
     """Train `model` in place with cross-entropy and Adam (decoupled weight decay); the model is left in eval mode.
 
+    Several processes that call this alike (`lvlmva_core.data_parallel`) take a share of every batch each, and end with
+    the same model.
+
     Args:
         training, validation: on the model's device.
         rows: int64, on the CPU, what an epoch passes over; a row may stand there several times. None = each row once.
@@ -115,17 +129,24 @@ def train_classifier(
         the samples that `rows` names), val_accuracy, and with `stopping` score.
 
     Raises:
-        InputError: the loss stops being finite.
-        ValueError: `stopping` together with `checkpoint`, which keeps no best epoch.
+        InputError: the loss stops being finite; a batch, or what is left for the last one, is smaller than the number
+            of processes; the model is wrapped in DDP or FSDP.
+        ValueError: `stopping` together with `checkpoint`, which keeps no best epoch; `objective` or `stopping`, which
+            see whole batches, in several processes.
     """
     if stopping and checkpoint:
         raise ValueError("a training that may stop early keeps no checkpoints")
+    if (objective or stopping) and processes() > 1:
+        raise ValueError("a training with an objective or a stopping rule of its own runs in one process")
+    check_plain(model)
     images, labels = training.images, training.labels
     generator = torch.Generator().manual_seed(seed)
     rows = torch.arange(len(images)) if rows is None else rows
     seen = rows.unique()
     seen_images, seen_labels = (images, labels) if len(seen) == len(images) else (images[seen], labels[seen])
+    check_batch("batch_size", min(batch_size, len(rows) % batch_size or batch_size))
     model.to(memory_format=torch.channels_last)  # convolutions are faster so
+    forward = with_mean_gradients(model, images[:2])
     optimizer = Adam(model.parameters(), learning_rate, weight_decay=weight_decay, decoupled=True)
     curve: list[dict[str, float]] = []
     saved = checkpoint.load() if checkpoint else None
@@ -140,16 +161,18 @@ def train_classifier(
         drawn = epoch_rows(epoch) if epoch_rows else rows
         model.train()
         summed = torch.zeros((), dtype=torch.float64, device=images.device)
-        with own_draws(images.device, seed, epoch), safe_weight_gradients(model):
+        with own_draws(images.device, seed, epoch, number()), whole_batch(), safe_weight_gradients(model):
             for places in epoch_batches(len(rows), batch_size, generator):
-                batch = drawn[places]
-                logits = model(images[batch])
+                whole = drawn[places]
+                batch = share(whole)
+                logits = forward(images[batch])
                 loss = objective(logits, labels[batch], batch) if objective else cross_entropy(logits, labels[batch])
+                loss = loss * (len(batch) * processes() / len(whole))  # so that the mean over processes is the batch's
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                summed += loss.detach().double() * len(batch)
-        total = float(summed)
+                summed += loss.detach().double() * len(whole)
+        total = float(mean(summed))
         if not total < float("inf"):
             raise InputError(f"the training loss is not finite in epoch {epoch}; lower train.learning_rate")
         model.eval()

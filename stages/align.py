@@ -14,10 +14,11 @@ from lvlmva_core.alignment.selection import best_runs, selection_of, summary_of
 from lvlmva_core.arrays import read_json, read_table, write_json
 from lvlmva_core.compute import set_up_compute
 from lvlmva_core.controls import MASK_SOURCES, Given, shares_per_class
+from lvlmva_core.data_parallel import number
 from lvlmva_core.models import load_checkpoint, save_checkpoint, weights_digest
 from lvlmva_core.resume import Resume
 from lvlmva_core.samples import read_class_names, read_known_masks, read_penalised, read_samples, rows_of_ids
-from lvlmva_core.splits import read_masked, read_split
+from lvlmva_core.splits import arrays_of, read_masked, read_split
 
 
 def align(
@@ -53,17 +54,15 @@ def align(
         "config": config.model_dump(),
         "compute": loaded.compute.model_dump(),
         "weights": weights_digest(classifier),
-        "tensors": [
-            tensor.cpu().numpy()
-            for split in (training, alignment, validation)
-            for tensor in (split.images, split.labels)
-        ],
+        "tensors": arrays_of(training, alignment, validation),
         "masks": drawn,
         "selection": None if selection is None else [selection.images.cpu().numpy(), selection.groups.cpu().numpy()],
     }
     resume = Resume(open_store(), inputs, code_files("stages.align"), device)
     data = (training, alignment, corrections, validation)
     found = align_ensemble(classifier, *data, config, selection=selection, resume=resume)
+    if number():  # the first of several processes writes
+        return
     for one in (best := best_runs(found, config)):
         classifier.load_state_dict(one.weights)
         save_checkpoint(models / method / f"seed={one.seed}.safetensors", spec, classifier)
@@ -76,4 +75,4 @@ def align(
 
 
 if __name__ == "__main__":
-    run(align)
+    run(align, in_processes=True)

@@ -11,12 +11,13 @@ from lvlmva.params import load_params
 from lvlmva.pipeline import code_files
 from lvlmva_core.arrays import write_json
 from lvlmva_core.compute import set_up_compute
+from lvlmva_core.data_parallel import number
 from lvlmva_core.errors import InputError
 from lvlmva_core.foreign import initial_spec, load_foreign
 from lvlmva_core.models import build_model, load_weights, save_checkpoint, users_file, weights_digest
 from lvlmva_core.resume import Resume
 from lvlmva_core.samples import read_class_names, read_samples
-from lvlmva_core.splits import read_split
+from lvlmva_core.splits import arrays_of, read_split
 from lvlmva_core.train_settings import Checkpoint
 from lvlmva_core.training import curve_row, train_classifier
 
@@ -52,13 +53,13 @@ def train(
             "train": config.model_dump(),
             "compute": loaded.compute.model_dump(),
             "weights": weights_digest(model),
-            "tensors": [
-                each.cpu().numpy() for split in (training, validation) for each in (split.images, split.labels)
-            ],
+            "tensors": arrays_of(training, validation),
         }
         resume = Resume(open_store(), inputs, code_files("stages.train"), device)
         settings = config.model_dump(include={"learning_rate", "weight_decay", "batch_size", "epochs", "seed"})
         history = train_classifier(model, training, validation, **settings, checkpoint=resume.part("base"))
+    if number():  # the first of several processes writes
+        return
     save_checkpoint(base, spec, model)
     train_curve.parent.mkdir(parents=True, exist_ok=True)
     history.to_csv(train_curve, index=False)
@@ -71,4 +72,4 @@ def train(
 
 
 if __name__ == "__main__":
-    run(train)
+    run(train, in_processes=True)

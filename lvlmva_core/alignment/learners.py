@@ -14,7 +14,14 @@ from lvlmva_core.alignment.stacked_mlp import StackedMlp
 from lvlmva_core.compute import eval_mode
 from lvlmva_core.convolutions import safe_weight_gradients
 from lvlmva_core.counterexamples import Counterexamples, Made, pair_change
-from lvlmva_core.models import predict_logits
+from lvlmva_core.data_parallel import (
+    mean,
+    predict_together,
+    processes,
+    share,
+    whole_batch,
+    with_mean_gradients,
+)
 from lvlmva_core.penalties import penalty_of
 
 if TYPE_CHECKING:
@@ -38,9 +45,13 @@ class Batches:
 
 
 class Learner(Protocol):
-    """R runs that take their steps together."""
+    """R runs that take their steps together.
 
-    totals: Tensor  # float64 (R, 3): sums over steps of cross-entropy, penalty, and change of pairs
+    Of several processes each takes its share of a step; what it makes of it is divided by the size of a mean share, so
+    that the mean over processes is what the whole batch makes.
+    """
+
+    totals: Tensor  # float64 (R, 3): sums over steps of cross-entropy, penalty, and change of pairs, of this process
     optimizer: Adam
 
     def step(self, rows: Tensor, chosen: Tensor, made: Tensor) -> None:
@@ -66,7 +77,9 @@ class Single:
     def __init__(self, model: nn.Module, data: Batches, rrr_lambda: float, settings: "AlignSettings") -> None:
         self.settings = settings
         self.model = copy.deepcopy(model).to(memory_format=torch.channels_last)  # convolutions are faster so
+        self.forward = with_mean_gradients(self.model, data.images[:2], all_used=settings.gamma > 0)
         self.data = data
+        self.size = data.size / processes()
         self.rrr_lambda = rrr_lambda
         self.masks = data.masks if data.masks.ndim == 3 else data.masks[0]
         mixed = settings.precision == "bfloat16"
@@ -75,14 +88,14 @@ class Single:
         self.totals = torch.zeros((1, 3), dtype=torch.float64, device=data.images.device)
 
     def step(self, rows: Tensor, chosen: Tensor, made: Tensor) -> None:
-        with safe_weight_gradients(self.model):
-            self._step(rows, chosen, made)
+        with whole_batch(), safe_weight_gradients(self.model):
+            self._step(share(rows[0]), share(chosen[0]), made)
 
     def _step(self, rows: Tensor, chosen: Tensor, made: Tensor) -> None:
         data = self.data
-        masked_images = data.alignment_images[chosen[0]]
-        pictures = [masked_images, data.images[rows[0]]]
-        labels = [data.alignment_labels[chosen[0]], data.labels[rows[0]]]
+        masked_images = data.alignment_images[chosen]
+        pictures = [masked_images, data.images[rows]]
+        labels = [data.alignment_labels[chosen], data.labels[rows]]
         found = data.counterexamples.make(made[0]) if data.counterexamples else None
         if found is not None:
             pictures += [found.swapped, found.erased]
@@ -93,16 +106,17 @@ class Single:
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
         with self.mixed:
-            logits = self.model(torch.cat(pictures))
-            cross_entropy = functional.cross_entropy(logits, targets, reduction="sum") / data.size
+            logits = self.forward(torch.cat(pictures))
+            cross_entropy = functional.cross_entropy(logits, targets, reduction="sum") / self.size
             loss = cross_entropy
             penalty = torch.zeros_like(cross_entropy)
             if self.rrr_lambda:
-                penalty = self._penalty(masked_images, chosen[0]).sum() / data.size
+                penalty = self._penalty(masked_images, chosen).sum() / self.size
                 loss = loss + self.rrr_lambda * penalty
             change = torch.zeros_like(cross_entropy)
             if found is not None and data.counterexamples and data.counterexamples.settings.pair_weight:
-                change = self._change(found)
+                whole = data.counterexamples.settings.swapped
+                change = self._change(found) * (len(found.swapped) * processes() / whole)
                 loss = loss + data.counterexamples.settings.pair_weight * change
         if self.settings.gamma:
             squares = [parameter.square().sum() for parameter in self.model.parameters()]
@@ -126,7 +140,7 @@ class Single:
 
     def logits(self, images: Tensor) -> Tensor:
         self.model.eval()
-        return predict_logits(self.model, images)[None]
+        return predict_together(self.model, images)[None]
 
     def weights(self, run: int) -> dict[str, Tensor]:
         state = self.model.state_dict()
@@ -166,12 +180,18 @@ class Stack:
 
     def step(self, rows: Tensor, chosen: Tensor, _made: Tensor) -> None:
         data = self.data
+        rows, chosen = share(rows, 1), share(chosen, 1)
         first = len(data.alignment_images)
         places = torch.cat([chosen, rows + first, chosen], dim=1)  # the last ones only make room, see `backward`
         batch = self.pixels.index_select(0, places.flatten()).view(*places.shape, -1)
         targets = torch.cat([data.alignment_labels[chosen], data.labels[rows]], dim=1)
         masks = self.masks[chosen] if self.masks.ndim == 2 else self.masks[self.run, chosen]
-        losses = self.stack.backward(batch, targets, masks, self.rrr_lambda, penalty=self.settings.penalty)
+        divisor = data.size / processes()
+        losses = self.stack.backward(
+            batch, targets, masks, self.rrr_lambda, penalty=self.settings.penalty, divisor=divisor
+        )
+        for parameter in self.stack.parameters() if processes() > 1 else ():
+            parameter.grad = None if parameter.grad is None else mean(parameter.grad)
         if self.settings.max_gradient_norm is not None:
             self._clip(self.settings.max_gradient_norm)
         self.optimizer.step()
@@ -206,7 +226,7 @@ class Stack:
 
 
 class Graphed:
-    """On a CUDA device, replays `step` as one CUDA graph; elsewhere calls it.
+    """On a CUDA device, replays `step` as one CUDA graph; elsewhere, and where several processes share it, calls it.
 
     The first calls are ordinary steps on a side stream, as a capture asks for; the capture itself computes nothing, so
     that no step is lost or taken twice.
@@ -222,7 +242,7 @@ class Graphed:
         self.graph: Any = None
 
     def __call__(self, rows: Tensor, chosen: Tensor, made: Tensor) -> None:
-        if self.device.type != "cuda":
+        if self.device.type != "cuda" or processes() > 1:
             self.step(rows, chosen, made)
             return
         if self.inputs is None:

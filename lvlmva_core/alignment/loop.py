@@ -16,6 +16,7 @@ from lvlmva_core.alignment.selection import Selection
 from lvlmva_core.alignment.stacked_mlp import linear_layers
 from lvlmva_core.compute import own_draws
 from lvlmva_core.counterexamples import Counterexamples
+from lvlmva_core.data_parallel import check_batch, check_plain, mean, number
 from lvlmva_core.errors import InputError
 from lvlmva_core.penalties import penalty_of
 from lvlmva_core.progress import track
@@ -76,6 +77,9 @@ def align_ensemble(
     depends on the model, the penalty and the correction only, and the numbers agree up to rounding. With
     counterexamples every model, ReLU MLPs too, is trained one run after the other.
 
+    Several processes that call this alike (`lvlmva_core.data_parallel`) each take a share of every batch, and return
+    the same.
+
     Args:
         training: all training samples, on the model's device. alignment: n samples. validation: scores each epoch.
         masks: bool (n, H, W) for all runs, or (R, n, H, W) for R runs; or weights in [0, 1] (an extension).
@@ -91,9 +95,11 @@ def align_ensemble(
         `selection`, and with counterexamples pair_change (mean over steps, before its weight).
 
     Raises:
-        InputError: the loss stops being finite, "bfloat16" for a ReLU MLP, or a batch larger than its source.
+        InputError: the loss stops being finite, "bfloat16" for a ReLU MLP, a batch larger than its source, or smaller
+            than the number of processes, or a model that is wrapped in DDP or FSDP.
         ValueError: patience without `selection`, or masks of another shape, type or range.
     """
+    check_plain(model)
     runs = settings.runs() if runs is None else runs
     patience = None if settings.selection is None else settings.selection.patience
     if patience is not None and selection is None:
@@ -112,6 +118,12 @@ def align_ensemble(
         if wanted > available:
             raise InputError(f"{name} is {wanted}, but there are {available} such samples; lower it")
     made_like = settings.made_like()
+    parts = {"alignment_batch": masked, "training_batch": settings.training_batch}
+    if made_like:
+        parts |= {"counterexamples.swapped": made_like.swapped, "counterexamples.erased": made_like.erased}
+    for name, wanted in parts.items():
+        if wanted:
+            check_batch(name, wanted)
     in_closed_form = penalty_of(settings.penalty).closed_form and made_like is None
     layers = linear_layers(model) if in_closed_form else None
     if linear_layers(model) is not None and settings.precision != "float32":
@@ -179,14 +191,14 @@ def _train(
         if data.counterexamples:
             made = data.counterexamples.draw(steps, runs[0][1], epoch)[:, None].to(device)
         learner.totals.zero_()
-        with own_draws(device, runs[0][1], epoch):
+        with own_draws(device, runs[0][1], epoch, number()):
             for n in range(steps):
                 if settings.learning_rate_schedule == "linear":
                     taken = (epoch - 1) * steps + n
                     rate = settings.learning_rate * (1 - taken / (epochs * steps))
                     learner.optimizer.set_learning_rate(rate)
                 step(rows[n], chosen[n], made[n])
-        totals = learner.totals.tolist()
+        totals = mean(learner.totals).tolist()
         for n in going:
             if not all(math.isfinite(total) for total in totals[n]):
                 raise InputError(

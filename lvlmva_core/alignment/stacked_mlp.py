@@ -73,6 +73,7 @@ class StackedMlp:
         rrr_lambda: Tensor | None,
         *,
         penalty: str = "log_probabilities",
+        divisor: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Set the gradients of cross-entropy + λ penalty, both summed over a run's batch and divided by its size I.
 
@@ -84,6 +85,7 @@ class StackedMlp:
                 weights in [0, 1].
             rrr_lambda: (R,), or None for no penalty at all.
             penalty: name of a penalty of `lvlmva_core.penalties` that has a closed form.
+            divisor: in the place of I, where the batch is a share of one.
 
         Returns:
             cross_entropy (R,) and penalty (R,), both before λ; the penalty is 0 where λ is 0.
@@ -92,6 +94,7 @@ class StackedMlp:
         if closed is None:
             raise ValueError(f"penalty '{penalty}' has no closed form; train by double backward")
         size, n_classes, n_masked = labels.shape[1], self.weights[-1].shape[1], masks.shape[1]
+        divisor = size if divisor is None else divisor
         inputs, active = [rows[:, :size]], []
         for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
             hidden = _linear(inputs[-1], weight, bias)
@@ -99,9 +102,9 @@ class StackedMlp:
             inputs.append(hidden.relu_())
         log_p = functional.log_softmax(_linear(inputs[-1], self.weights[-1], self.biases[-1]), dim=-1)
         p = log_p.exp()
-        cross_entropy = -log_p.gather(2, labels[..., None]).sum((1, 2)) / size
+        cross_entropy = -log_p.gather(2, labels[..., None]).sum((1, 2)) / divisor
         penalties = torch.zeros_like(cross_entropy)
-        at_logits = (p - functional.one_hot(labels, n_classes)) / size  # d loss / d logits
+        at_logits = (p - functional.one_hot(labels, n_classes)) / divisor  # d loss / d logits
 
         down: list[Tensor] = []
         up: list[Tensor] = []
@@ -112,10 +115,10 @@ class StackedMlp:
             for weight, on in zip(reversed(self.weights[1:]), reversed(active), strict=True):
                 down.insert(0, torch.bmm(down[0], weight).mul_(on[:, :n_masked]))
             gradient = torch.bmm(down[0], self.weights[0]).mul_(masks)
-            penalties = gradient.square().sum((1, 2)) / size * (rrr_lambda > 0)
+            penalties = gradient.square().sum((1, 2)) / divisor * (rrr_lambda > 0)
             # d (λ penalty) / d (each of these derivatives), from the pixels up to the logits
             # (the mask a second time: it may be a weight, which counts by its square)
-            up = [torch.mul(gradient.mul_(masks), 2 / size * rrr_lambda[:, None, None], out=rows[:, size:])]
+            up = [torch.mul(gradient.mul_(masks), 2 / divisor * rrr_lambda[:, None, None], out=rows[:, size:])]
             for weight, on in zip(self.weights[:-1], active, strict=True):
                 up.append(torch.bmm(up[-1], weight.transpose(1, 2)).mul_(on[:, :n_masked]))
             if closed.curvature is not None:

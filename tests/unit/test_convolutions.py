@@ -121,8 +121,7 @@ def test_autocast_lowers_them_as_it_does_pytorchs(net: nn.Module) -> None:
 def test_narrow_strided_points_give_the_gradients_of_double_precision(
     samples: int, channels: int, made: int, stride: int | tuple[int, int]
 ) -> None:
-    """At these sizes oneDNN's own gradient of the weights overruns its memory: the process dies, or values are wrong.
-    docs/alignment.md quotes it."""
+    """At these sizes oneDNN's own gradient of the weights overruns its memory: the process dies (docs/alignment.md)."""
     torch.manual_seed(0)
     exact = nn.Sequential(nn.Conv2d(channels, made, 1, stride, bias=False), nn.Softplus(), nn.Flatten()).double()
     exact.append(nn.Linear(exact(torch.zeros(1, channels, 64, 64).double()).shape[1], 2).double())
