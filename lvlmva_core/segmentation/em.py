@@ -17,6 +17,7 @@ from torch import Tensor
 FLOOR = 1 / 12  # least eigenvalue of a covariance, in squared pixels: the variance of mass spread evenly over a pixel
 EMPTY_SHARE = 1e-12  # a component with less of the weight than this is empty: it is dropped
 LEAST_EXPONENT = -700.0  # below it exp underflows, which takes fifty times as long
+LEAST_DENSITY = 1e-280  # that is far above what `LEAST_EXPONENT` leaves of components
 NEVER = -1e300  # the logarithm of an empty component's density
 LONGEST_STRIDE = 8.0  # limit on how far a leap extrapolates
 UNIT = 30.0  # pixels: the length of a mean's move that counts like a factor e in a width, when strides are measured
@@ -165,13 +166,17 @@ def log_joint_of(statistics: Tensor) -> Tensor:
 
 def responsibilities(points: Points, log_joint: Tensor) -> tuple[Tensor, Tensor]:
     """The E-step for `log_joint_of` mixtures: responsibilities (G, R, J, P), and log-densities (G, R, P)."""
-    joint = torch.matmul(log_joint.flatten(1, 2), points.features)
-    joint = joint.view(*log_joint.shape[:3], joint.shape[-1])
-    peak = joint.amax(2, keepdim=True)
-    joint.sub_(peak).clamp_(min=LEAST_EXPONENT).exp_()
-    total = joint.sum(2, keepdim=True)
-    log_density = total.log().add_(peak).squeeze(2)
-    return joint.mul_(total.reciprocal_()), log_density
+    shape = (*log_joint.shape[:3], points.features.shape[2])
+    joint = torch.matmul(log_joint.flatten(1, 2), points.features).view(shape)
+    total = joint.clamp_(min=LEAST_EXPONENT).exp_().sum(2, keepdim=True)  # the largest density there is is 2
+    if bool((total > LEAST_DENSITY).all()):
+        log_density = total.log()
+    else:  # points far from every component
+        joint = torch.matmul(log_joint.flatten(1, 2), points.features).view(shape)
+        peak = joint.amax(2, keepdim=True)
+        total = joint.sub_(peak).clamp_(min=LEAST_EXPONENT).exp_().sum(2, keepdim=True)
+        log_density = total.log().add_(peak)
+    return joint.mul_(total.reciprocal_()), log_density.squeeze(2)
 
 
 def sums(points: Points, responsibility: Tensor, log_density: Tensor) -> tuple[Tensor, Tensor]:

@@ -271,17 +271,24 @@ def _from_top(levels: list[list[em.Points]], settings: _Settings) -> Tensor:
         order = likelihood.argsort(dim=1, descending=True, stable=True)[:, :kept, None, None]
         statistics = statistics.gather(1, order.expand(-1, -1, *statistics.shape[2:]))
     owner = torch.arange(len(statistics), device=statistics.device).repeat_interleave(statistics.shape[1])
-    statistics, correction = statistics.flatten(0, 1), None
+    statistics, guide, guided_by = statistics.flatten(0, 1), None, 0
     for n, k in enumerate(range(max(top - 1, 0), -1, -1)):
-        on_cpu = owner.device.type == "cpu"  # where groups are single maps
-        groups = [levels[k][m] for m in owner.tolist()] if on_cpu else [levels[k][0].rows(owner)]
         tolerance = REST * settings.tolerance if k == 0 else ROUGH
         statistics, likelihood, correction = newton.climb(
-            groups, statistics, tolerance, settings.max_iterations, correction
+            _of(levels[k], owner), statistics, tolerance, settings.max_iterations, guide
         )
         kept = _best_of_each(likelihood, owner, 1 if k == 0 else FINALISTS[min(n, len(FINALISTS) - 1)])
-        statistics, correction, owner = statistics[kept], correction.rows(kept), owner[kept]
+        statistics, owner = statistics[kept], owner[kept]
+        if guide is None:
+            guided_by = k
+        if n > 0:  # the next grid has sixteen times the cells of the coarsest
+            guide = _of(levels[guided_by], owner), correction.rows(kept)
     return statistics
+
+
+def _of(groups: list[em.Points], owner: Tensor) -> list[em.Points]:
+    """Points for fits to the maps `owner` (N,); on the CPU, where groups are single maps, a group each."""
+    return [groups[m] for m in owner.tolist()] if owner.device.type == "cpu" else [groups[0].rows(owner)]
 
 
 def _best_of_each(likelihood: Tensor, owner: Tensor, n: int) -> Tensor:

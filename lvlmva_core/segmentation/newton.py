@@ -7,7 +7,7 @@ first part is the identity, Newton's step is the step of EM, each of its directi
 that at which EM converges along it.
 
 Shapes: N mixtures, each with points of its own, J components, P points, K = 6 J coordinates. The coordinates of a
-component are factors of the polynomials 1, u, v, (u² - 1)/√2, u v, (v² - 1)/√2, orthonormal under its own density, where
+component are factors of the polynomials 1, u, v, (u² - 1)/√2, u v, (v² - 1)/√2, orthonormal under its own density; here
 (u, v) are the standardised row and column; they are scaled by the root of its share.
 """
 
@@ -21,7 +21,6 @@ from torch import Tensor
 from lvlmva_core.segmentation import em
 from lvlmva_core.segmentation.em import Points
 
-SMALL = 4096  # points: up to here every step has a correction of its own, which costs as much as some steps of EM
 ROUNDING = 1e-12  # nats: a likelihood that is lower by less has not fallen
 LONGEST_LEAP = 1.0  # in standard deviations of a component, and in logarithms of its share and squared widths
 SHORTEST_LEAP = 1 / 64  # a saddle that no longer leap leaves is left alone
@@ -33,11 +32,11 @@ KICK = 0.3  # how far to go at least along the direction in which a saddle rises
 class Correction:
     """What turns a step of EM into Newton's."""
 
-    inverse: Tensor  # (N, K, K), positive definite
+    factor: Tensor  # (N, K, K): Cholesky factor of what the step is divided by
     uphill: Tensor  # (N, K): the direction in which a saddle rises most, or 0
 
     def rows(self, index: Tensor) -> "Correction":
-        return Correction(self.inverse[index], self.uphill[index])
+        return Correction(self.factor[index], self.uphill[index])
 
 
 @dataclass(frozen=True)
@@ -51,31 +50,46 @@ class _Frame:
     polynomials: Tensor  # (N, J, 6, 6): coefficients of the features in the six polynomials
     bound: Tensor  # bool (N, J): components whose width `em.FLOOR` holds
 
+    def rows(self, index: Tensor) -> "_Frame":
+        l11, l21, l22 = (part[index] for part in self.factor)
+        return _Frame(
+            self.shares[index],
+            self.means[index],
+            (l11, l21, l22),
+            self.scale[index],
+            self.polynomials[index],
+            self.bound[index],
+        )
+
 
 def climb(
     groups: Sequence[Points],
     statistics: Tensor,
     tolerance: float,
     max_steps: int,
-    correction: Correction | None = None,
+    guide: tuple[Sequence[Points], Correction] | None = None,
 ) -> tuple[Tensor, Tensor, Correction]:
-    """Newton's method from `statistics` (N, J, 6), until by its own estimate less than `tolerance` nats are left to gain.
+    """Newton's method from `statistics` (N, J, 6) until it expects to gain less than `tolerance` nats more.
 
     A leap that loses likelihood is taken back: a step of EM stands in its place, and the next leap is shorter. Leaps go
     uphill also where the likelihood is no hill, and leave saddles. The widths of components that `em.FLOOR` holds
     follow EM.
 
     Args:
-        correction: of the same mixtures on a coarser grid. With many points it serves until it does not help.
+        groups: points of the N mixtures.
+        guide: the same maps on a coarser grid, in groups alike, and the last correction on it. It serves as long as it
+            helps, and is then renewed on the coarser grid. Without a guide each step has a correction of its own.
 
     Returns:
         statistics (N, J, 6) a step of EM beyond those whose log-likelihood (N,) comes with them, in nats per unit of
         weight; and the last correction.
     """
     result, likelihood = statistics.clone(), statistics.new_full((len(statistics),), -math.inf)
-    inverse = statistics.new_zeros(len(statistics), *[6 * statistics.shape[1]] * 2)
-    uphill = inverse[..., 0].clone()
-    always = correction is None or max(points.weights.shape[1] for points in groups) <= SMALL
+    last = Correction(
+        statistics.new_zeros(len(statistics), *[6 * statistics.shape[1]] * 2),
+        statistics.new_zeros(len(statistics), 6 * statistics.shape[1]),
+    )
+    coarse, correction = guide or (groups, last)
     active = torch.arange(len(statistics), device=statistics.device)
     current, kept, before = statistics, statistics, likelihood
     left_before, reach = torch.full_like(likelihood, math.inf), torch.full_like(likelihood, LONGEST_LEAP)
@@ -90,25 +104,26 @@ def climb(
         before = torch.where(lost, before, now)
         frame = _frame(current)
         gradient = _gradient(following, frame)
-        if always or correction is None:
-            correction = _correction(groups, [part[0][:, 0] for part in expected], frame)
+        if guide is None:
+            correction = _correction(groups, [part[0] for part in expected], frame)
         leap, left = _leap(gradient, frame, correction, reach)
-        if not always and bool((lost | (left > left_before / 4)).any()):
-            correction = _correction(groups, [part[0][:, 0] for part in expected], frame)
+        if guide is not None:
+            correction = _renewed(correction, coarse, log_joint, frame, lost | (left > left_before / 4))
             leap, left = _leap(gradient, frame, correction, reach)
         left_before = torch.where(lost, math.inf, left)
         current = torch.where(lost[:, None, None], kept, leap)
         result[active], likelihood[active] = kept, before
-        inverse[active], uphill[active] = correction.inverse, correction.uphill
+        last.factor[active], last.uphill[active] = correction.factor, correction.uphill
         saddle = (correction.uphill != 0).any(1) & (reach > SHORTEST_LEAP)
         going = lost | saddle | (left >= tolerance)
         if not bool(going.all()):
             if not bool(going.any()):
                 break
-            active, groups, correction = active[going], em.rows_of_groups(groups, going), correction.rows(going)
+            groups, coarse = em.rows_of_groups(groups, going), em.rows_of_groups(coarse, going)
+            active, correction = active[going], correction.rows(going)
             current, kept, before = current[going], kept[going], before[going]
             left_before, reach = left_before[going], reach[going]
-    return result, likelihood, Correction(inverse, uphill)
+    return result, likelihood, last
 
 
 def _frame(statistics: Tensor) -> _Frame:
@@ -138,29 +153,43 @@ def _frame(statistics: Tensor) -> _Frame:
 def _gradient(following: Tensor, frame: _Frame) -> Tensor:
     """The gradient (N, K) in the coordinates: how far a step of EM goes along each."""
     if bool(frame.bound.any()):
-        following = em.statistics_of(*em.parameters(following))  # what the bound allows of the step
+        allowed = em.statistics_of(*em.parameters(following))
+        following = torch.where(frame.bound[..., None], allowed, following)
     place = torch.matmul(frame.polynomials, following[..., None]).squeeze(-1)
     place[..., 0] -= frame.shares
     return place.mul_(frame.scale[..., None]).flatten(1)
 
 
+def _renewed(
+    correction: Correction, groups: Sequence[Points], log_joint: Tensor, frame: _Frame, stale: Tensor
+) -> Correction:
+    """The correction, taken anew from `groups` where (N,) `stale`."""
+    if not bool(stale.any()):
+        return correction
+    groups = em.rows_of_groups(groups, stale)
+    expected = [em.responsibilities(points, part)[0] for points, part in em.of_groups(groups, log_joint[stale])]
+    fresh = _correction(groups, expected, frame.rows(stale))
+    factor, uphill = correction.factor.clone(), correction.uphill.clone()
+    factor[stale], uphill[stale] = fresh.factor, fresh.uphill
+    return Correction(factor, uphill)
+
+
 def _correction(groups: Sequence[Points], responsibilities: Sequence[Tensor], frame: _Frame) -> Correction:
-    """responsibilities: (n, J, P) of each group's mixtures."""
+    """responsibilities: (n, 1, J, P) of each group's mixtures."""
     scaled = frame.polynomials * frame.scale[..., None, None]
     if bool(frame.bound.any()):
         scaled[:, :, 3:].mul_(~frame.bound[..., None, None])
     parts = zip(em.of_groups(groups, scaled), responsibilities, strict=True)
-    information = torch.cat([_information(points, part, r) for (points, part), r in parts])
+    information = torch.cat([_information(points, part, r[:, 0]) for (points, part), r in parts])
     factor, failed = torch.linalg.cholesky_ex(information)
-    inverse = torch.cholesky_inverse(factor)
     uphill = torch.zeros_like(information[..., 0])
     no_hill = failed > 0
     if bool(no_hill.any()):
         curvature, directions = torch.linalg.eigh(information[no_hill])
         size = curvature.abs().clamp(min=LEAST_CURVATURE)
-        inverse[no_hill] = torch.matmul(directions / size[:, None], directions.mT)
+        factor[no_hill] = torch.linalg.cholesky(torch.matmul(directions * size[:, None], directions.mT))
         uphill[no_hill] = torch.where(curvature[:, :1] < -LEAST_CURVATURE, directions[..., 0], 0.0)
-    return Correction(inverse, uphill)
+    return Correction(factor, uphill)
 
 
 def _information(points: Points, polynomials: Tensor, responsibility: Tensor) -> Tensor:
@@ -181,7 +210,7 @@ def _information(points: Points, polynomials: Tensor, responsibility: Tensor) ->
 
 def _leap(gradient: Tensor, frame: _Frame, correction: Correction, reach: Tensor) -> tuple[Tensor, Tensor]:
     """Statistics (N, J, 6) after a step of Newton, at most `reach` (N,) far; and what it may gain."""
-    direction = torch.matmul(correction.inverse, gradient[..., None]).squeeze(-1)
+    direction = torch.cholesky_solve(gradient[..., None], correction.factor).squeeze(-1)
     gain = (direction * gradient).sum(1) / 2
     along = (direction * correction.uphill).sum(1, keepdim=True)
     short = (KICK - along.abs()).clamp(min=0)

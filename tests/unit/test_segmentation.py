@@ -220,16 +220,16 @@ def test_likelihood_never_falls() -> None:
 
 def test_likelihood_never_falls_on_cells_and_with_leaps() -> None:
     moments = em.halve(em.pixel_moments(blobs(2, 40, 40, seed=9)))
-    points = em.as_points(moments, torch.float64, cells=True, only_weighted=False)
+    points = em.as_points(moments, only_weighted=False)
     uniforms = torch.rand(3, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     start = em.spread_starts(points, uniforms)
     likelihoods = []
     for n in (1, 2, 3, 5, 8, 12, 19):
-        statistics, _ = em.maximise(points, start, 1e-300, 3 * n, accelerate=True)
-        likelihoods.append(em.step(points, statistics)[1])
+        statistics, _ = em.maximise([points], start, 1e-300, 3 * n, accelerate=True)
+        likelihoods.append(em.step([points], statistics)[1])
     for before, after in pairwise(likelihoods):
         assert bool((after >= before - 1e-12).all())
-    plain = em.step(points, em.maximise(points, start, 1e-300, 3 * 19, accelerate=False)[0])[1]
+    plain = em.step([points], em.maximise([points], start, 1e-300, 3 * 19, accelerate=False)[0])[1]
     assert float((likelihoods[-1] - plain).mean()) > 0  # the same number of steps gets further
 
 
@@ -237,7 +237,7 @@ def test_cells_hold_the_exact_moments_of_their_pixels_and_bound_the_likelihood_f
     weights = blobs(2, 21, 30, seed=10)
     pixels = em.pixel_moments(weights)
     cells = em.halve(em.halve(pixels))
-    assert cells.shape == (2, 6, 8, 6)
+    assert cells.shape == (2, 6, 6, 8)
     rows, columns = np.mgrid[:21, :30]
     rows, columns = rows + 0.5 - 10.5, columns + 0.5 - 15
     for i in range(6):
@@ -245,22 +245,22 @@ def test_cells_hold_the_exact_moments_of_their_pixels_and_bound_the_likelihood_f
             block = np.s_[4 * i : 4 * i + 4, 4 * k : 4 * k + 4]
             w, r, c = weights[1].numpy()[block] / weights[1].sum().item(), rows[block], columns[block]
             expected = [(w * term).sum() for term in (1, r, c, r * r, r * c, c * c)]
-            np.testing.assert_allclose(cells[1, i, k], expected, rtol=1e-10, atol=1e-12)
-    fine = em.as_points(pixels, torch.float64, cells=False, only_weighted=True)
-    coarse = em.as_points(cells, torch.float64, cells=True, only_weighted=True)
+            np.testing.assert_allclose(cells[1, :, i, k], expected, rtol=1e-10, atol=1e-12)
+    fine = em.as_points(pixels, only_weighted=True)
+    coarse = em.as_points(cells, only_weighted=True)
     statistics = em.spread_starts(
         coarse, torch.rand(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     )
-    assert bool((em.step(coarse, statistics)[1] <= em.step(fine, statistics)[1]).all())
+    assert bool((em.step([coarse], statistics)[1] <= em.step([fine], statistics)[1]).all())
 
 
 def test_is_as_good_as_full_resolution_em_from_every_start() -> None:
     weights, n_starts = blobs(6, 96, 96, seed=11), 4
     moments = em.pixel_moments(weights)
     coarse = moments
-    while coarse.shape[1] > 14:
+    while coarse.shape[2] > 14:
         coarse = em.halve(coarse)
-    points = em.as_points(coarse, torch.float64, cells=True, only_weighted=False)
+    points = em.as_points(coarse, only_weighted=False)
     uniforms = torch.rand(n_starts, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     starts = em.spread_starts(points, uniforms)
     reference = []
