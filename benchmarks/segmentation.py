@@ -1,4 +1,4 @@
-"""PPEPS-WGM against pomegranate and a plain EM loop, in one run: seconds a map and log-likelihood, on maps of many kinds.
+"""PPEPS-WGM against pomegranate and a plain EM loop: seconds a map and log-likelihood, on maps of many kinds.
 
     python -m benchmarks.segmentation [--attributions data/attributions.zarr] [--out benchmarks/segmentation.md]
 

@@ -19,6 +19,7 @@ EMPTY_SHARE = 1e-12  # a component with less of the weight than this is empty: i
 LEAST_EXPONENT = -700.0  # below it exp underflows, which takes fifty times as long
 LEAST_DENSITY = 1e-280  # that is far above what `LEAST_EXPONENT` leaves of components
 NEVER = -1e300  # the logarithm of an empty component's density
+BLOCK = 8192  # points
 LONGEST_STRIDE = 8.0  # limit on how far a leap extrapolates
 UNIT = 30.0  # pixels: the length of a mean's move that counts like a factor e in a width, when strides are measured
 
@@ -192,11 +193,22 @@ def step(groups: Sequence[Points], statistics: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         the next statistics (G, R, J, 6), and the log-likelihood (G, R) of the given ones: nats per unit of weight.
     """
-    parts = [
-        sums(points, *responsibilities(points, log_joint))
-        for points, log_joint in of_groups(groups, log_joint_of(statistics))
-    ]
+    parts = [totals(points, log_joint) for points, log_joint in of_groups(groups, log_joint_of(statistics))]
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+
+def totals(points: Points, log_joint: Tensor) -> tuple[Tensor, Tensor]:
+    """`sums` of `responsibilities`, which are held for some points at a time, as many as stay in a core's cache."""
+    n_points = points.weights.shape[1]
+    size = n_points if points.weights.is_cuda else BLOCK
+    if n_points <= size:
+        return sums(points, *responsibilities(points, log_joint))
+    blocks = [
+        Points(points.features[..., begin : begin + size], points.moments[..., begin : begin + size])
+        for begin in range(0, n_points, size)
+    ]
+    parts = [sums(block, *responsibilities(block, log_joint)) for block in blocks]
+    return torch.stack([part[0] for part in parts]).sum(0), torch.stack([part[1] for part in parts]).sum(0)
 
 
 def maximise(

@@ -19,8 +19,10 @@ COARSEST = 14  # cells: grids are halved while their longer side has more
 CELLS_PER_COMPONENT = 8  # starts are compared on the coarsest grid that has this many cells with weight per component
 CONTESTS = ((0, 8, 15), (1, 4, 30))  # grids above the coarsest, starts that remain, steps before they are chosen
 FINALISTS = 2, 1  # starts that remain after Newton's method on the grid above the coarsest, and on the next
-ROUGH = 1e-5  # nats that a step must gain for EM to go on while starts are compared, and on the grids above
-SAME = 1e-7  # nats: fits of one map that are nearer have reached the same maximum
+ROUGH = 1e-5  # nats that a step must gain for EM to go on while starts are compared
+FIRST_STEPS = 6  # of EM where components of one cell have room to move, and a leap might take them to a worse maximum
+NEAR = 1e-4  # nats that may be left to gain on a grid before the next
+SAME = 1e-6  # nats: fits of one map that are nearer have reached the same maximum
 REST = 0.1  # part of the tolerance that may be left to gain at the end
 CHUNKS_PER_THREAD = 2  # at least, where there are maps enough: no thread idles for long
 CPU_PIXELS, DEVICE_PIXELS = 2**20, 2**22  # that a worker takes at once: bounds memory
@@ -273,10 +275,10 @@ def _from_top(levels: list[list[em.Points]], settings: _Settings) -> Tensor:
     owner = torch.arange(len(statistics), device=statistics.device).repeat_interleave(statistics.shape[1])
     statistics, guide, guided_by = statistics.flatten(0, 1), None, 0
     for n, k in enumerate(range(max(top - 1, 0), -1, -1)):
-        tolerance = REST * settings.tolerance if k == 0 else ROUGH
-        statistics, likelihood, correction = newton.climb(
-            _of(levels[k], owner), statistics, tolerance, settings.max_iterations, guide
-        )
+        groups, tolerance = _of(levels[k], owner), REST * settings.tolerance if k == 0 else NEAR
+        if n == 1:
+            statistics = em.maximise(groups, statistics[:, None], ROUGH, FIRST_STEPS, accelerate=True)[0][:, 0]
+        statistics, likelihood, correction = newton.climb(groups, statistics, tolerance, settings.max_iterations, guide)
         kept = _best_of_each(likelihood, owner, 1 if k == 0 else FINALISTS[min(n, len(FINALISTS) - 1)])
         statistics, owner = statistics[kept], owner[kept]
         if guide is None:

@@ -81,8 +81,8 @@ def climb(
             helps, and is then renewed on the coarser grid. Without a guide each step has a correction of its own.
 
     Returns:
-        statistics (N, J, 6) a step of EM beyond those whose log-likelihood (N,) comes with them, in nats per unit of
-        weight; and the last correction.
+        statistics (N, J, 6), one step of EM beyond the last place; the log-likelihood (N,) expected at the maximum, in
+        nats per unit of weight; and the last correction.
     """
     result, likelihood = statistics.clone(), statistics.new_full((len(statistics),), -math.inf)
     last = Correction(
@@ -95,8 +95,11 @@ def climb(
     left_before, reach = torch.full_like(likelihood, math.inf), torch.full_like(likelihood, LONGEST_LEAP)
     for _ in range(max_steps):
         log_joint = em.log_joint_of(current[:, None])
-        expected = [em.responsibilities(points, part) for points, part in em.of_groups(groups, log_joint)]
-        summed = [em.sums(points, *part) for points, part in zip(groups, expected, strict=True)]
+        if guide is None:
+            expected = [em.responsibilities(points, part) for points, part in em.of_groups(groups, log_joint)]
+            summed = [em.sums(points, *part) for points, part in zip(groups, expected, strict=True)]
+        else:
+            expected, summed = [], [em.totals(points, part) for points, part in em.of_groups(groups, log_joint)]
         following, now = (torch.cat(part)[:, 0] for part in zip(*summed, strict=True))
         lost = ~(now >= before - ROUNDING)
         reach = torch.where(lost, reach / 4, (reach * 2).clamp(max=LONGEST_LEAP))
@@ -112,7 +115,7 @@ def climb(
             leap, left = _leap(gradient, frame, correction, reach)
         left_before = torch.where(lost, math.inf, left)
         current = torch.where(lost[:, None, None], kept, leap)
-        result[active], likelihood[active] = kept, before
+        result[active], likelihood[active] = kept, before + torch.where(lost, 0.0, left)
         last.factor[active], last.uphill[active] = correction.factor, correction.uphill
         saddle = (correction.uphill != 0).any(1) & (reach > SHORTEST_LEAP)
         going = lost | saddle | (left >= tolerance)
