@@ -18,10 +18,10 @@ from lvlmva_core.segmentation import em, newton
 COARSEST = 14  # cells: grids are halved while their longer side has more
 CELLS_PER_COMPONENT = 8  # starts are compared on the coarsest grid that has this many cells with weight per component
 CONTESTS = ((0, 8, 15), (1, 4, 30))  # grids above the coarsest, starts that remain, steps before they are chosen
-FINALISTS = 2, 1  # starts that remain after Newton's method on the grid above the coarsest, and on the next
+FINALISTS = 2, 2, 1  # starts that remain after Newton's method on the grid above the coarsest, and on the next ones
 ROUGH = 1e-5  # nats that a step must gain for EM to go on while starts are compared
 FIRST_STEPS = 6  # of EM where components of one cell have room to move, and a leap might take them to a worse maximum
-NEAR = 1e-4  # nats that may be left to gain on a grid before the next
+NEAR = 1e-5  # nats that may be left to gain on a grid before the next
 SAME = 1e-6  # nats: fits of one map that are nearer have reached the same maximum
 REST = 0.1  # part of the tolerance that may be left to gain at the end
 CHUNKS_PER_THREAD = 2  # at least, where there are maps enough: no thread idles for long
