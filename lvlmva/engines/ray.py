@@ -24,7 +24,7 @@ def run(jobs: Sequence[Job], execution: Execution) -> Iterator[Ended | None]:
             raise InputError(f"execution.options.{name}: expected address, {', '.join(OPTIONS)}")
     start: dict[str, Any] = {"address": address}
     if address is None:  # Ray's CPUs are tickets here; threads are compute.threads'
-        start = {"num_cpus": execution.workers, "include_dashboard": False}
+        start = {"address": "local", "num_cpus": execution.workers, "include_dashboard": False}
         options.setdefault("num_cpus", 1)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent to Ray's makers
     try:
