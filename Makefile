@@ -39,8 +39,9 @@ api: $(STAMP) ## build the API reference from the docstrings into build/api
 tour: $(STAMP) ## run docs/tour.ipynb and keep what its cells say
 	$(BIN)/python -m tests.tour
 
+# without ray, which has 80 MB: its tests are skipped where it is not installed
 lock: ## resolve pyproject.toml anew into requirements.lock
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --all-extras --no-header --no-annotate pyproject.toml -o requirements.lock
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --all-extras --no-emit-package ray --no-header --no-annotate pyproject.toml -o requirements.lock
 
 # Not for this processor alone (GGML_NATIVE): on a virtual machine the server would die of an invalid opcode. Without a
 # number of jobs the build starts all of its 200 compilers at once.

@@ -68,7 +68,7 @@ def work(
         for number in range(1, count + 1)
     ]
     run_tasks(tasks, execution, store.root / LOGS, f"{stage} by {count} workers")
-    typer.echo(f"{stage}: all records are in {store.root}; go on with `dvc repro`")
+    typer.echo(f"{stage}: {count} workers are done; what they made is in {store.root}; go on with `dvc repro`")
 
 
 def fill(

@@ -49,7 +49,7 @@ def bar(description: str, total: int) -> Iterator[Callable[[float], None]]:
             if now - last >= QUIET_S:
                 last = now
                 left = f", about {(now - started) / done * (total - done):.0f} s left" if done else ""
-                sys.stderr.write(f"{description}: {done:.1f} of {total}{left}\n")
+                sys.stderr.write(f"{description}: {done / total:.0%} done{left}\n")
 
         yield line
         return

@@ -16,6 +16,7 @@ from typing import Literal, Protocol
 from pydantic import Field
 
 from lvlmva_core.errors import InputError
+from lvlmva_core.lvlm.redact import printable
 from lvlmva_core.progress import FILE, bar, share_done
 from lvlmva_core.settings import Count, Settings
 
@@ -120,7 +121,7 @@ class Ended:
             how = f"lost ({self.reason})"
         elif self.code < 0:
             how = f"killed by signal {-self.code}"
-        return f"{how}: {last.strip()[:300]}"
+        return printable(f"{how}: {last.strip()[:300]}")
 
 
 class Engine(Protocol):
@@ -151,6 +152,8 @@ def run_tasks(tasks: Sequence[Task], execution: Execution, logs: Path, descripti
     """
     if len({task.name for task in tasks}) < len(tasks):
         raise ValueError("two tasks have one name")
+    if not tasks:
+        return []
     engine: Engine = importlib.import_module(f"{__name__}.{execution.backend}")
     logs.mkdir(parents=True, exist_ok=True)
     carried = {name: os.environ[name] for name in CARRIED if name in os.environ}

@@ -1,6 +1,7 @@
 """Tasks on a Ray cluster, or on Ray started on this machine for as long as they run."""
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,8 +24,9 @@ def run(jobs: Sequence[Job], execution: Execution) -> Iterator[Ended | None]:
             raise InputError(f"execution.options.{name}: expected address, {', '.join(OPTIONS)}")
     start: dict[str, Any] = {"address": address}
     if address is None:  # Ray's CPUs are tickets here; threads are compute.threads'
-        start = {"num_cpus": execution.workers, "include_dashboard": False}
+        start = {"address": "local", "num_cpus": execution.workers, "include_dashboard": False}
         options.setdefault("num_cpus", 1)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent to Ray's makers
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **start)
     except Exception as error:  # some of what it raises has no type of its own

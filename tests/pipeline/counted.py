@@ -29,7 +29,10 @@ def _compute(places: Sequence[int]) -> list[Record]:
     return [{"place": np.array(place)} for place in places]
 
 
-if __name__ == "__main__":
-    share, samples, lease_s = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+def work_off(share: str, samples: int, lease_s: float) -> None:
     rows = Rows(KIND, [str(n) for n in range(samples)], CHUNK, lambda some: [key_of(n) for n in some], _compute)
     fill(rows, Path("no_output"), records_in=lambda _: [], stage="trial", share=share, lease_s=lease_s)
+
+
+if __name__ == "__main__":
+    work_off(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from lvlmva.params import Params
+from lvlmva.params import EXECUTION, Params
 from lvlmva.pipeline import code_of, paths, with_code
 from lvlmva_core.baselines import subg
 from lvlmva_core.controls import MASK_SOURCES
@@ -83,6 +83,7 @@ def test_a_change_of_color_is_known_to_the_report_alone_and_metrics_touch_no_mod
 def test_params_are_sections_that_exist(name: str) -> None:
     for key in STAGES[name].get("params", []):
         assert key.split(".")[0] in Params.model_fields
+        assert key.split(".")[0] != EXECUTION  # where workers run changes nothing that comes out
 
 
 def test_every_method_has_what_its_kind_needs() -> None:

@@ -6,7 +6,7 @@ import pytest
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
-from lvlmva.params import load_params
+from lvlmva.params import load_params, sections_lacking
 from lvlmva.preset import preset
 from lvlmva_core.errors import InputError
 
@@ -107,3 +107,16 @@ def test_the_shell_completes_commands() -> None:
 
     asked = {"_LVLMVA_COMPLETE": "complete_bash", "COMP_WORDS": "lvlmva pre", "COMP_CWORD": "1"}
     assert CliRunner().invoke(app, [], env=asked, prog_name="lvlmva").output.split() == ["preset"]
+
+
+def test_where_workers_run_belongs_to_the_machine(params: Path) -> None:
+    """Another experiment leaves it; and a params.yaml without it, as before there were workers, is whole."""
+    _apply(params, "decoy_digits", "execution.backend=submitit", "execution.options.cluster=local")
+    _apply(params, "knee")
+    assert load_params(params).execution.options == {"cluster": "local"}
+    content = _read(params)
+    del content["execution"]
+    with params.open("w") as file:
+        YAML(typ="safe", pure=True).dump(content, file)
+    assert load_params(params).execution.backend == "processes"
+    assert sections_lacking(params) == []
