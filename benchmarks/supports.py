@@ -1,6 +1,7 @@
 """Shortcuts that are not local: both corrections by the size and kind of the shortcut; goes on where it was killed.
 
     python -m benchmarks.supports --work <folder> [--bases 3]
+    python -m benchmarks.supports --maps skin=<folder> knee=<folder>   # the warning on studies of other networks
     python -m benchmarks.supports --report      # figure and the page's tables anew, from the committed rows
 
 What is measured, and how, was declared before the first run: docs/supports.md.
@@ -17,6 +18,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from benchmarks.trials import CORRECTIONS, LAMBDA_ZERO, Trial, differences, values_of, write_table
+from lvlmva.pipeline import paths
 from lvlmva.tables import put_tables
 from lvlmva_core.arrays import read_array
 from lvlmva_core.diffuse import diffuse_share
@@ -33,9 +35,11 @@ SHORTCUTS: tuple[tuple[str, int], ...] = (
     ("blur", 28),
     ("vignette", 28),
 )
-SET_ON = ("decoy", "brightness")  # kinds that the threshold is set on; its errors are counted on the others
+NETWORKS = ("skin", "knee")  # studies (benchmarks/study.py) of a convolutional network, whose shortcut is local
+SET_ON = ("decoy", "brightness", "skin")  # kinds that the threshold is set on; its errors are counted on the others
 LOCAL, GLOBAL = 0.125, 0.5  # of the picture: a support up to the one has a place, from the other on it has none
 MEASURES = {"reliance": "reliance", "wga": "WGA", "accuracy": "accuracy"}
+DIFFUSE = Path("docs/results/diffuse.csv")
 ROWS, COMPARED = Path("docs/results/supports.csv"), Path("docs/results/supports_differences.csv")
 PAGE, FIGURE = Path("docs/supports.md"), Path("docs/images/supports.png")
 COMMAND = "python -m benchmarks.supports --report"
@@ -98,18 +102,39 @@ def write_rows(folder: Path, bases: int) -> None:
         write_table(file, made, ["kind", "side"], SHORTCUTS)
 
 
+def write_shares(named: Sequence[str]) -> None:
+    """What the warning looks at, of each base of some studies. named: each one of NETWORKS, "=", the work folder."""
+    rows = []
+    for name, _, folder in (each.partition("=") for each in named):
+        if name not in NETWORKS:
+            raise InputError(f"--maps {name}=...: expected {' or '.join(NETWORKS)}")
+        masks = read_array(Path(folder) / Path(paths()["spurious_masks"]).name, "spurious_masks")
+        support = float(masks.mean(axis=(1, 2))[masks.any(axis=(1, 2))].mean())
+        for here in sorted(Path(folder).glob("base=*")):
+            if (maps := here / paths()["attributions"]).exists():
+                share = diffuse_share(read_array(maps, "attributions"))
+                base = here.name.partition("=")[2]
+                rows.append({"kind": name, "base": base, "method": BASE, "support": support, "diffuse_share": share})
+    write_table(DIFFUSE, rows, ["kind"], NETWORKS)
+
+
 def threshold_of(rows: pd.DataFrame) -> float:
     """Half-way between the largest share of local shortcuts' bases and the smallest of global ones', on SET_ON.
 
     Where they overlap, the cut with the fewest errors, the lowest of equals.
     """
     found = rows[(rows["method"] == BASE) & rows["kind"].isin(SET_ON)]
-    local = found["diffuse_share"][found["support"] <= LOCAL].to_numpy()
+    local = found["diffuse_share"][_has_a_place(found)].to_numpy()
     diffuse = found["diffuse_share"][found["support"] >= GLOBAL].to_numpy()
     if local.max() < diffuse.min():
         return float((local.max() + diffuse.min()) / 2)
     cuts = np.unique(np.concatenate([local, diffuse]))
     return float(min(cuts, key=lambda cut: ((local >= cut).mean() + (diffuse < cut).mean(), cut)))
+
+
+def _has_a_place(rows: pd.DataFrame) -> "pd.Series[bool]":
+    """Whose shortcut is local: small, or a thing that was pasted."""
+    return (rows["support"] <= LOCAL) | rows["kind"].isin(NETWORKS)
 
 
 def by_support(rows: pd.DataFrame, compared: pd.DataFrame) -> Figure:
@@ -146,7 +171,7 @@ def by_support(rows: pd.DataFrame, compared: pd.DataFrame) -> Figure:
 
 
 def tables(rows: pd.DataFrame, compared: pd.DataFrame) -> str:
-    """The page's tables: by shortcut, and the warning's errors."""
+    """The page's tables: by shortcut, and the warning's errors, with what `write_shares` wrote."""
     lines = []
     for kind, side in SHORTCUTS:
         of = rows[(rows["kind"] == kind) & (rows["side"] == side)]
@@ -182,11 +207,11 @@ def tables(rows: pd.DataFrame, compared: pd.DataFrame) -> str:
         f"Δ {MEASURES[name]} to {'base' if m == BASE else 'λ = 0'}" for name in MEASURES for m in (BASE, LAMBDA_ZERO)
     ]
     parts.append(markdown_table(["shortcut", "support", "method", *heads], lines))
-    cut, lines = threshold_of(rows), []
-    bases = rows[rows["method"] == BASE]
+    bases = pd.concat([rows[rows["method"] == BASE], pd.read_csv(DIFFUSE)])
+    cut, lines = threshold_of(bases), []
     for name, chosen in (("set on", bases["kind"].isin(SET_ON)), ("others", ~bases["kind"].isin(SET_ON))):
         of = bases[chosen]
-        local, diffuse = of[of["support"] <= LOCAL], of[of["support"] >= GLOBAL]
+        local, diffuse = of[_has_a_place(of)], of[of["support"] >= GLOBAL]
         lines.append(
             [
                 f"{name}: {', '.join(of['kind'].unique())}",
@@ -214,12 +239,15 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder of the trial")
     parser.add_argument("--bases", type=int, default=3)
     parser.add_argument("--only", nargs="+", default=[], help="shortcuts to train, such as blur-28")
+    parser.add_argument("--maps", nargs="+", default=[], help="name=folder: only the warning, on these studies")
     parser.add_argument("--tables", action="store_true", help="train nothing, write the rows of what is complete")
     parser.add_argument("--report", action="store_true", help="only figure and tables, from the committed rows")
     options = parser.parse_args()
-    if options.work is None and not options.report:
+    if options.maps:
+        write_shares(options.maps)
+    elif options.work is None and not options.report:
         raise InputError("--work is missing: name a folder for the trial, or say --report")
-    if not options.report:
+    elif not options.report:
         folder = options.work.resolve()
         if not options.tables:
             chosen = [each for each in SHORTCUTS if not options.only or f"{each[0]}-{each[1]}" in options.only]

@@ -116,7 +116,7 @@ def test_diffuse_attribution_stands_out_and_is_said_first() -> None:
     groups, _ = _toy(corner=0.0, middle=0.6)
     verdict = audit.verdict_of(groups, [], ["a", "b"], 0.95, 0.5, diffuse_warning(0.95))
     assert (verdict.stands_out, verdict.headline) == (True, "Look closer: attribution is diffuse.")
-    assert verdict.points[0].startswith("Attribution is diffuse: 90% of it takes 95% of the pixels")
+    assert verdict.points[0].startswith("Attribution is diffuse: 90% of what is positive takes 95% of the pixels")
 
 
 def test_grouping_does_not_depend_on_the_order_of_the_samples() -> None:

@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[2]
 def test_a_page_shows_the_tables_of_the_committed_rows(made: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     rows, compared = pd.read_csv(made.ROWS), pd.read_csv(made.COMPARED)  # type: ignore[attr-defined]
-    shown = made.PAGE.read_text().partition(made.START)[2].partition(END)[0]  # type: ignore[attr-defined]
+    start = f"<!-- {made.COMMAND} -->\n"  # type: ignore[attr-defined]
+    shown = made.PAGE.read_text().partition(start)[2].partition(END)[0]  # type: ignore[attr-defined]
     assert shown == made.tables(rows, compared)  # type: ignore[attr-defined]
     assert shown.count("\n| ---") >= 3
 
