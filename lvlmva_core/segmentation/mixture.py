@@ -23,7 +23,7 @@ ROUGH = 1e-5  # nats that a step must gain for EM to go on while starts are comp
 FIRST_STEPS = 6  # of EM where components of one cell have room to move, and a leap might take them to a worse maximum
 NEAR = 1e-5  # nats that may be left to gain on a grid before the next
 SAME = 1e-6  # nats: fits of one map that are nearer have reached the same maximum
-REST = 0.1  # part of the tolerance that may be left to gain at the end
+REST = 0.3  # part of the tolerance that may be left to gain at the end
 CHUNKS_PER_THREAD = 2  # at least, where there are maps enough: no thread idles for long
 CPU_PIXELS, DEVICE_PIXELS = 2**20, 2**22  # that a worker takes at once: bounds memory
 
@@ -74,14 +74,15 @@ def fit_weighted_gmm(
 
     Args:
         weights: (B, H, W), finite and >= 0; denormal numbers count as 0. float32 or float64 is the precision of the
-            responsibilities; sums over pixels are taken in float64 in either case.
+            result; it is computed in float64 in either case.
         n_components: J, 1 to 254.
         seed: of the starts.
         init: (weights (B, J), means (B, J, 2), covariances (B, J, 2, 2)) as in the result, to run plain EM at full
             resolution from there, without starts of its own.
         n_starts: how many starts are compared.
-        tolerance: EM ends for a map when a step gains less than this, in nats per unit of weight.
-        max_iterations: limit on the EM steps on each grid.
+        tolerance: EM ends for a map when a step gains less than this, in nats per unit of weight. Newton's method, which
+            follows the comparison of starts, ends when less than a third of it is expected to be gained by going on.
+        max_iterations: limit on the steps on each grid.
         names: what errors call the maps; "map 0", "map 1", ... by default.
 
     Raises:
@@ -242,7 +243,10 @@ def _fit_chunk(maps: Tensor, start: Tensor | None, settings: _Settings) -> Weigh
 
 
 def _from_coarse_to_fine(groups: list[Tensor], settings: _Settings) -> Tensor:
-    """Fit maps, given as (g, 6, H, W) moments of pixels: starts on the coarsest grid, the best on each finer one."""
+    """Fit maps, given as (g, 6, H, W) moments of pixels: starts on the coarsest grid, the best on each finer one.
+
+    groups: of one map each, or one of all maps.
+    """
     pyramids = [[group] for group in groups]
     wanted = CELLS_PER_COMPONENT * settings.n_components
     tops = []
@@ -283,14 +287,16 @@ def _from_top(levels: list[list[em.Points]], settings: _Settings) -> Tensor:
         statistics, owner = statistics[kept], owner[kept]
         if guide is None:
             guided_by = k
-        if n > 0:  # the next grid has sixteen times the cells of the coarsest
+        if n > 0:  # from here on a correction costs more than some steps, and one from this grid serves nearly as well
             guide = _of(levels[guided_by], owner), correction.rows(kept)
     return statistics
 
 
 def _of(groups: list[em.Points], owner: Tensor) -> list[em.Points]:
-    """Points for fits to the maps `owner` (N,); on the CPU, where groups are single maps, a group each."""
-    return [groups[m] for m in owner.tolist()] if owner.device.type == "cpu" else [groups[0].rows(owner)]
+    """Points for fits to the maps `owner` (N,): a group each if the groups are single maps, else one group."""
+    if all(len(points) == 1 for points in groups):
+        return [groups[m] for m in owner.tolist()]
+    return [groups[0].rows(owner)]
 
 
 def _best_of_each(likelihood: Tensor, owner: Tensor, n: int) -> Tensor:
