@@ -21,9 +21,8 @@ CONTESTS = ((0, 8, 15), (1, 4, 30))  # grids above the coarsest, starts that rem
 FINALISTS = 2, 2, 1  # starts that remain after Newton's method on the grid above the coarsest, and on the next ones
 ROUGH = 1e-5  # nats that a step must gain for EM to go on while starts are compared
 FIRST_STEPS = 6  # of EM where components of one cell have room to move, and a leap might take them to a worse maximum
-NEAR = 1e-5  # nats that may be left to gain on a grid before the next
 SAME = 1e-6  # nats: fits of one map that are nearer have reached the same maximum
-REST = 0.3  # part of the tolerance that may be left to gain at the end
+REST = 0.3  # part of the tolerance that may be left to gain on the finest grid
 CHUNKS_PER_THREAD = 2  # at least, where there are maps enough: no thread idles for long
 CPU_PIXELS, DEVICE_PIXELS = 2**20, 2**22  # that a worker takes at once: bounds memory
 
@@ -80,8 +79,8 @@ def fit_weighted_gmm(
         init: (weights (B, J), means (B, J, 2), covariances (B, J, 2, 2)) as in the result, to run plain EM at full
             resolution from there, without starts of its own.
         n_starts: how many starts are compared.
-        tolerance: EM ends for a map when a step gains less than this, in nats per unit of weight. Newton's method, which
-            follows the comparison of starts, ends when less than a third of it is expected to be gained by going on.
+        tolerance: EM ends for a map when a step gains less than this, in nats per unit of weight. Newton's method,
+            which follows the comparison of starts, ends when by going on it expects to gain less than a third of it.
         max_iterations: limit on the steps on each grid.
         names: what errors call the maps; "map 0", "map 1", ... by default.
 
@@ -279,7 +278,7 @@ def _from_top(levels: list[list[em.Points]], settings: _Settings) -> Tensor:
     owner = torch.arange(len(statistics), device=statistics.device).repeat_interleave(statistics.shape[1])
     statistics, guide, guided_by = statistics.flatten(0, 1), None, 0
     for n, k in enumerate(range(max(top - 1, 0), -1, -1)):
-        groups, tolerance = _of(levels[k], owner), REST * settings.tolerance if k == 0 else NEAR
+        groups, tolerance = _of(levels[k], owner), settings.tolerance * (REST if k == 0 else 1)
         if n == 1:
             statistics = em.maximise(groups, statistics[:, None], ROUGH, FIRST_STEPS, accelerate=True)[0][:, 0]
         statistics, likelihood, correction = newton.climb(groups, statistics, tolerance, settings.max_iterations, guide)
