@@ -21,9 +21,8 @@ CONTESTS = ((0, 8, 15), (1, 4, 30))  # grids above the coarsest, starts that rem
 FINALISTS = 2, 2, 1  # starts that remain after Newton's method on the grid above the coarsest, and on the next ones
 ROUGH = 1e-5  # nats that a step must gain for EM to go on while starts are compared
 FIRST_STEPS = 6  # of EM where components of one cell have room to move, and a leap might take them to a worse maximum
-NEAR = 1e-5  # nats that may be left to gain on a grid before the next
 SAME = 1e-6  # nats: fits of one map that are nearer have reached the same maximum
-REST = 0.1  # part of the tolerance that may be left to gain at the end
+REST = 0.3  # part of the tolerance that may be left to gain on the finest grid
 CHUNKS_PER_THREAD = 2  # at least, where there are maps enough: no thread idles for long
 CPU_PIXELS, DEVICE_PIXELS = 2**20, 2**22  # that a worker takes at once: bounds memory
 
@@ -74,14 +73,15 @@ def fit_weighted_gmm(
 
     Args:
         weights: (B, H, W), finite and >= 0; denormal numbers count as 0. float32 or float64 is the precision of the
-            responsibilities; sums over pixels are taken in float64 in either case.
+            result; it is computed in float64 in either case.
         n_components: J, 1 to 254.
         seed: of the starts.
         init: (weights (B, J), means (B, J, 2), covariances (B, J, 2, 2)) as in the result, to run plain EM at full
             resolution from there, without starts of its own.
         n_starts: how many starts are compared.
-        tolerance: EM ends for a map when a step gains less than this, in nats per unit of weight.
-        max_iterations: limit on the EM steps on each grid.
+        tolerance: EM ends for a map when a step gains less than this, in nats per unit of weight. Newton's method,
+            which follows the comparison of starts, ends when by going on it expects to gain less than a third of it.
+        max_iterations: limit on the steps on each grid.
         names: what errors call the maps; "map 0", "map 1", ... by default.
 
     Raises:
@@ -242,7 +242,10 @@ def _fit_chunk(maps: Tensor, start: Tensor | None, settings: _Settings) -> Weigh
 
 
 def _from_coarse_to_fine(groups: list[Tensor], settings: _Settings) -> Tensor:
-    """Fit maps, given as (g, 6, H, W) moments of pixels: starts on the coarsest grid, the best on each finer one."""
+    """Fit maps, given as (g, 6, H, W) moments of pixels: starts on the coarsest grid, the best on each finer one.
+
+    groups: of one map each, or one of all maps.
+    """
     pyramids = [[group] for group in groups]
     wanted = CELLS_PER_COMPONENT * settings.n_components
     tops = []
@@ -275,7 +278,7 @@ def _from_top(levels: list[list[em.Points]], settings: _Settings) -> Tensor:
     owner = torch.arange(len(statistics), device=statistics.device).repeat_interleave(statistics.shape[1])
     statistics, guide, guided_by = statistics.flatten(0, 1), None, 0
     for n, k in enumerate(range(max(top - 1, 0), -1, -1)):
-        groups, tolerance = _of(levels[k], owner), REST * settings.tolerance if k == 0 else NEAR
+        groups, tolerance = _of(levels[k], owner), settings.tolerance * (REST if k == 0 else 1)
         if n == 1:
             statistics = em.maximise(groups, statistics[:, None], ROUGH, FIRST_STEPS, accelerate=True)[0][:, 0]
         statistics, likelihood, correction = newton.climb(groups, statistics, tolerance, settings.max_iterations, guide)
@@ -283,14 +286,16 @@ def _from_top(levels: list[list[em.Points]], settings: _Settings) -> Tensor:
         statistics, owner = statistics[kept], owner[kept]
         if guide is None:
             guided_by = k
-        if n > 0:  # the next grid has sixteen times the cells of the coarsest
+        if n > 0:  # from here on a correction costs more than some steps, and one from this grid serves nearly as well
             guide = _of(levels[guided_by], owner), correction.rows(kept)
     return statistics
 
 
 def _of(groups: list[em.Points], owner: Tensor) -> list[em.Points]:
-    """Points for fits to the maps `owner` (N,); on the CPU, where groups are single maps, a group each."""
-    return [groups[m] for m in owner.tolist()] if owner.device.type == "cpu" else [groups[0].rows(owner)]
+    """Points for fits to the maps `owner` (N,): a group each if the groups are single maps, else one group."""
+    if all(len(points) == 1 for points in groups):
+        return [groups[m] for m in owner.tolist()]
+    return [groups[0].rows(owner)]
 
 
 def _best_of_each(likelihood: Tensor, owner: Tensor, n: int) -> Tensor:

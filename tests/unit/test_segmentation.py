@@ -17,7 +17,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
-from lvlmva_core.segmentation import NO_REGION, WeightedGMM, em, fit_weighted_gmm, log_likelihood, newton
+from lvlmva_core.segmentation import NO_REGION, WeightedGMM, em, fit_weighted_gmm, log_likelihood, mixture, newton
 
 Init = tuple[Tensor, Tensor, Tensor]
 FIELDS = ("weights", "means", "covariances", "log_likelihood", "labels")
@@ -374,6 +374,19 @@ def test_neither_batch_nor_threads_change_a_bit(shape: tuple[int, int], n_compon
         part = fit_weighted_gmm(weights[rows], n_components)
         for name in FIELDS:
             assert torch.equal(getattr(part, name), getattr(whole, name)[rows]), name
+
+
+def test_maps_fitted_together_have_the_likelihood_of_maps_fitted_by_themselves() -> None:
+    """As on a GPU, where all maps are one group, padded to the longest."""
+    maps = blobs(4, 80, 72, seed=20)
+    maps[1, 20:] = 0
+    uniforms = torch.rand(8, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    chosen = mixture._Settings(4, uniforms, 1e-6, 5000)
+    together = mixture._from_coarse_to_fine([em.pixel_moments(maps)], chosen)
+    alone = mixture._from_coarse_to_fine([em.pixel_moments(one) for one in maps.split(1)], chosen)
+    points = [em.as_points(em.pixel_moments(maps), only_weighted=True)]
+    likelihoods = [em.step(points, statistics[:, None])[1] for statistics in (together, alone)]
+    torch.testing.assert_close(likelihoods[0], likelihoods[1], rtol=0, atol=1e-6)
 
 
 def test_seed_decides_the_starts_and_global_generators_are_not_touched() -> None:
