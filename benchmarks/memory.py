@@ -4,16 +4,14 @@ python -m benchmarks.memory [--counts 1000 5000 20000] [--side 32]     prints th
 """
 
 import argparse
-import datetime
-import os
-import platform
+import json
 import sys
 import tempfile
-from importlib.metadata import version
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks.machine import cpu_model
-from benchmarks.stage_runs import Run, draw_pictures, run_stage, size_of, write_params
+from benchmarks.stage_runs import draw_pictures, machine, run_stage, size_of, write_params
 
 STAGES = ("prepare", "train", "rank", "attribute", "segment")
 
@@ -29,13 +27,29 @@ def small_params(pictures: Path, count: int, side: int) -> dict[str, dict[str, o
     }
 
 
-def measure(count: int, side: int) -> tuple[dict[str, Run], int, int]:
+def measure(count: int, side: int) -> dict[str, Any]:
     """What each stage took, and the files and bytes of the store."""
     with tempfile.TemporaryDirectory(prefix="lvlmva-") as folder:
         pictures, project = Path(folder) / "pictures", Path(folder) / "project"
         draw_pictures(pictures, count, side)
         write_params(project, small_params(pictures, count, side))
-        return {stage: run_stage(project, stage) for stage in STAGES}, *size_of(project / "store")
+        stages = {stage: run_stage(project, stage)._asdict() for stage in STAGES}
+        files, size = size_of(project / "store")
+    return {"samples": count, "side": side, "stages": stages, "store_files": files, "store_bytes": size}
+
+
+def table_of(runs: Sequence[dict[str, Any]]) -> str:
+    """Markdown: a row a run."""
+    columns = ["samples", "pixels a side", *(f"{stage}, MiB" for stage in STAGES)]
+    columns += [*(f"{stage}, ms a sample" for stage in STAGES[-2:]), "files in the store", "their MiB"]
+    rows = []
+    for run in runs:
+        stages = run["stages"]
+        cells = [f"{run['samples']}", f"{run['side']}", *(f"{stages[stage]['peak']:.0f}" for stage in STAGES)]
+        cells += [f"{1000 * stages[stage]['processor'] / run['samples']:.1f}" for stage in STAGES[-2:]]
+        cells += [f"{run['store_files']}", f"{run['store_bytes'] / 2**20:.0f}"]
+        rows.append(f"| {' | '.join(cells)} |\n")
+    return f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}\n{''.join(rows)}"
 
 
 def main() -> None:
@@ -43,22 +57,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--counts", type=int, nargs="+", default=[1000, 5000, 20_000])
     parser.add_argument("--side", type=int, default=32)
+    parser.add_argument("--json", type=Path, help="also write what was measured, after each run")
     arguments = parser.parse_args()
-    columns = ["samples", *(f"{stage}, MiB" for stage in STAGES), *(f"{stage}, ms a sample" for stage in STAGES[-2:])]
-    rows = []
+    runs: list[dict[str, Any]] = []
     for count in arguments.counts:
-        found, files, size = measure(count, arguments.side)
-        cells = [f"{found[stage].peak:.0f}" for stage in STAGES]
-        cells += [f"{1000 * found[stage].processor / count:.1f}" for stage in STAGES[-2:]]
-        rows.append(f"| {count} | {' | '.join(cells)} | {files} | {size / 2**20:.0f} |")
-        sys.stderr.write(f"{rows[-1]}\n")
-    columns += ["files in the store", "their MiB"]
-    sys.stdout.write(
-        f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}\n" + "\n".join(rows) + "\n\n"
-        f"Pictures of {arguments.side}x{arguments.side}, one channel. {cpu_model()}, {os.cpu_count()} CPUs, load "
-        f"average {os.getloadavg()[0]:.1f}; Python {platform.python_version()}, torch {version('torch')}, zarr "
-        f"{version('zarr')}; {datetime.date.today().isoformat()}.\n"
-    )
+        runs.append(measure(count, arguments.side))
+        sys.stderr.write(f"{runs[-1]}\n")
+        if arguments.json is not None:
+            arguments.json.write_text(json.dumps({"machine": machine(), "runs": runs}, indent=1), encoding="utf-8")
+    sys.stdout.write(f"{table_of(runs)}\n{machine()}\n")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,35 @@
 """Pictures that are drawn, a project around them, and its stages run each in a process of its own: time and memory."""
 
+import datetime
+import json
 import os
+import platform
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from benchmarks.machine import cpu_model
 from benchmarks.pipeline import ROOT
 
+LAUNCH = """
+import json, os, sys, time
+started = time.perf_counter()
+child = os.spawnv(os.P_NOWAIT, sys.argv[2], sys.argv[2:])
+_, status, used = os.wait4(child, 0)
+took = [used.ru_utime + used.ru_stime, time.perf_counter() - started, used.ru_maxrss / 1024]
+open(sys.argv[1], "w").write(json.dumps(took))
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
 HELD_OUT = 64  # pictures of the splits val and test
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """Of one process: seconds of the processor (user and system), seconds on the clock, most memory, MiB."""
 
     processor: float
@@ -48,7 +59,7 @@ def write_params(project: Path, changes: Mapping[str, Mapping[str, Any]]) -> Non
     yaml = YAML()
     content = yaml.load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     for section, values in changes.items():
-        if "dataset" in values:  # another data set has other keys
+        if "dataset" in values or section == "methods":  # another data set has other keys
             content[section] = {}
         content[section].update(values)
     project.mkdir(parents=True, exist_ok=True)
@@ -61,22 +72,33 @@ def write_params(project: Path, changes: Mapping[str, Mapping[str, Any]]) -> Non
 
 
 def run_stage(project: Path, stage: str, code: Path = ROOT) -> Run:
-    """`python -m stages.<stage>` in the project, with the store `store` there; what it took. code: the repository."""
+    """`python -m stages.<stage>` in the project, with the store `store` there; what it took.
+
+    stage: with its options. code: the repository.
+    """
     environment = {**os.environ, "LVLMVA_STORE": str(project / "store"), "PYTHONPATH": str(code)}
+    found = project / "took.json"
     with (project / "said.txt").open("ab") as said:
-        started = time.perf_counter()
-        process = subprocess.Popen(
-            [sys.executable, "-m", f"stages.{stage}"], cwd=project, env=environment, stdout=said, stderr=said
-        )
-        _, status, used = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - started
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{stage}: exit code {process.returncode}\n{(project / 'said.txt').read_text()[-2000:]}")
-    return Run(used.ru_utime + used.ru_stime, seconds, used.ru_maxrss / 1024)
+        # by a process between, since Linux counts the memory of whoever forks as its child's
+        command = [sys.executable, "-S", "-c", LAUNCH, str(found), sys.executable, "-m", *f"stages.{stage}".split()]
+        code_of = subprocess.run(
+            command, cwd=project, env=environment, stdout=said, stderr=said, check=False
+        ).returncode
+    if code_of:
+        raise SystemExit(f"{stage}: exit code {code_of}\n{(project / 'said.txt').read_text()[-2000:]}")
+    return Run(*json.loads(found.read_text(encoding="utf-8")))
 
 
 def size_of(folder: Path) -> tuple[int, int]:
     """Files below a folder, and their bytes."""
     files = [file.stat().st_size for file in folder.rglob("*") if file.is_file()]
     return len(files), sum(files)
+
+
+def machine() -> str:
+    """Processor, versions, date and load, in a line."""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", "zarr"))
+    return (
+        f"{cpu_model()}, {os.cpu_count()} CPUs, load average {os.getloadavg()[0]:.1f}; Python "
+        f"{platform.python_version()}, {versions}; {datetime.date.today().isoformat()}."
+    )

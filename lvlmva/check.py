@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,12 +21,12 @@ from lvlmva.ask import allowed_hosts, confirm_host, open_calls, save_elsewhere, 
 from lvlmva.check_model import check_model
 from lvlmva.params import Params, load_params, prompts_folder, sections_lacking
 from lvlmva.pipeline import paths
-from lvlmva.probe import Estimate, Probed, megabytes_available, probe
+from lvlmva.probe import AT_ONCE, Probed, megabytes_available, probe, sizes_of
 from lvlmva.roots import with_local_root
 from lvlmva.shared import share_calls
 from lvlmva_core.errors import InputError
 from lvlmva_core.lvlm import detectors
-from lvlmva_core.lvlm.budget import Spent, estimate_calls, estimate_input_tokens, price_is_known
+from lvlmva_core.lvlm.budget import Spent, estimate_input_tokens, price_is_known
 from lvlmva_core.lvlm.calls import Call, answer_text
 from lvlmva_core.lvlm.client import CallFailedError, Client, Question, check_endpoint, host_of, is_loopback
 from lvlmva_core.lvlm.critic import critic_call, why_no_critique
@@ -35,6 +35,7 @@ from lvlmva_core.lvlm.prompts import load_critic_prompts, load_judge_prompts
 from lvlmva_core.lvlm.settings import DetectorCritic, Endpoint, ModelCritic, ModelJudge
 from lvlmva_core.regions import regions_present
 from lvlmva_core.render import COLOUR_NAMES
+from lvlmva_core.scaling import Calls, Forecast, Sizes, costs_of, forecast, measured_constants
 
 FEW = 20  # test pictures of a class, below which an accuracy means little
 LONG = 3600  # seconds from which less is suggested
@@ -56,7 +57,8 @@ class Checklist:
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
-        self.estimates: list[Estimate] = []
+        self.calls: dict[str, Calls] = {}
+        self.estimates: list[Forecast] = []
 
     def add(self, name: str, status: Literal["ok", "warn", "fail"], message: str) -> None:
         """Note a finding in one line."""
@@ -99,11 +101,12 @@ def check(
             typer.echo(f"{SHOWN[row.status]}  {row.name:12}{row.message}")
         if done.estimates:
             typer.echo("\nestimates, from small probes on this machine as busy as it is now:")
-            typer.echo(f"{'stage':12}{'time':>10}{'memory':>11}{'cost':>12}  what it rests on")
+            typer.echo(f"{'stage':12}{'time':>10}{'memory':>11}{'on disk':>11}{'cost':>12}  what it rests on")
             for each in done.estimates:
                 cost = "-" if each.cost_usd is None else f"${each.cost_usd:.2f}"
                 memory = "-" if each.megabytes is None else f"{each.megabytes:.0f} MB"
-                typer.echo(f"{each.stage:12}{_time(each.seconds):>10}{memory:>11}{cost:>12}  {each.how}")
+                stored = f"{each.stored_megabytes:.0f} MB"
+                typer.echo(f"{each.stage:12}{_time(each.seconds):>10}{memory:>11}{stored:>11}{cost:>12}  {each.how}")
         failed = sum(row.status == "fail" for row in done.rows)
         warned = sum(row.status == "warn" for row in done.rows)
         verdict = "ready: `dvc repro`" if done.passed else f"{failed} to mend before `dvc repro`"
@@ -127,18 +130,23 @@ def run_checks(params: Path, *, ask: bool) -> Checklist:
         done.add("params", "fail", f"{params}: DVC follows the section '{section}'; add the line `{section}: {{}}`")
     classes: list[str] | None = None
     probed: Probed | None = None
+    sizes: Sizes | None = None
     with tempfile.TemporaryDirectory(prefix="lvlmva-check-") as folder:
         images, samples, masks = (Path(folder) / name for name in ("images.zarr", "samples.parquet", "masks.zarr"))
         _say("preparing the pictures into a temporary folder")
+        started = time.monotonic()
         if _pictures(done, loaded, images, samples, masks):
+            prepared = time.monotonic() - started
             from lvlmva_core.samples import read_class_names
 
             classes = read_class_names(images)
             _splits(done, loaded, samples, masks)
-            probed = _model(done, loaded, params, images, samples, masks)
+            probed, sizes = _model(done, loaded, params, images, samples, masks)
         size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
     _say("prompts and critic")
     _critic(done, loaded, known, classes, probed, ask=ask)
+    if probed is not None and sizes is not None:
+        _forecast(done, loaded, probed, replace(sizes, calls=done.calls), prepared)
     _machine(done, loaded, size, classes is not None)
     return done
 
@@ -149,7 +157,7 @@ def _say(what: str) -> None:
 
 
 def _pictures(done: Checklist, loaded: Params, images: Path, samples: Path, masks: Path) -> bool:
-    started, said = time.monotonic(), io.StringIO()
+    said = io.StringIO()
 
     def look() -> str:
         with contextlib.redirect_stderr(said):  # notes, and every bad file in a line of its own
@@ -160,10 +168,7 @@ def _pictures(done: Checklist, loaded: Params, images: Path, samples: Path, mask
     for line in said.getvalue().splitlines():
         if line.startswith("prepare: ") and passed and line[-5:] != " left":
             done.add("pictures", "ok", line.removeprefix("prepare: "))
-    if passed:
-        seconds = time.monotonic() - started
-        done.estimates.append(Estimate("prepare", seconds, None, None, "done once just now, into a temporary folder"))
-    else:
+    if not passed:
         sys.stderr.write(said.getvalue())
     return passed
 
@@ -200,7 +205,9 @@ def _splits(done: Checklist, loaded: Params, samples: Path, masks: Path) -> None
         done.add("methods", "ok", f"no {' and no '.join(lacking)}: what needs them is left out, and said")
 
 
-def _model(done: Checklist, loaded: Params, params: Path, images: Path, samples: Path, masks: Path) -> Probed | None:
+def _model(
+    done: Checklist, loaded: Params, params: Path, images: Path, samples: Path, masks: Path
+) -> tuple[Probed | None, Sizes | None]:
     from lvlmva.torchrun import check_processes
     from lvlmva_core.compute import set_up_compute
     from lvlmva_core.foreign import initial_spec, load_foreign
@@ -210,9 +217,9 @@ def _model(done: Checklist, loaded: Params, params: Path, images: Path, samples:
     from lvlmva_core.train_settings import Checkpoint
 
     if not done.attempt("device", lambda: f"{set_up_compute(loaded.compute.device, loaded.compute.threads)}"):
-        return None
+        return None, None
     if not done.attempt("processes", lambda: check_processes(loaded.compute)):
-        return None
+        return None, None
     threads, cores = loaded.compute.threads, os.cpu_count() or 1
     if loaded.compute.device == "cpu" and threads < cores:
         done.add("device", "ok", f"compute.threads = {threads} of {cores} cores; more change the last bits of results")
@@ -222,7 +229,7 @@ def _model(done: Checklist, loaded: Params, params: Path, images: Path, samples:
         done.add(finding.name, "ok" if finding.passed else "fail", finding.message)
         broken |= not finding.passed and finding.name in ("model", "layers")
     if broken:
-        return None
+        return None, None
     device = set_up_compute(loaded.compute.device, loaded.compute.threads)
     table, classes = read_samples(samples), read_class_names(images)
     splits = {split: read_split(images, table, split, device) for split in table["split"].unique()}
@@ -232,24 +239,14 @@ def _model(done: Checklist, loaded: Params, params: Path, images: Path, samples:
     else:
         spec = initial_spec(loaded.train.model, shape, len(classes), loaded.train.hidden)
         model = build_model(spec, loaded.train.seed, loaded.train.model)
-    pictures = read_images(images, rows_of_split(table, "train")[:1])
+    pictures = read_images(images, rows_of_split(table, "train")[:AT_ONCE])
     known = bool(read_spurious_masks(masks, rows_of_split(table, "test"))[1].any())
     _say("a step of each kind, to estimate times")
     try:
-        found = probe(loaded, model.to(device).eval(), splits, pictures, known)
+        found = probe(loaded, model.to(device).eval(), splits["train"], pictures)
     except InputError as error:
         done.add("probe", "fail", str(error))
-        return None
-    done.estimates += found.estimates
-    total = sum(each.seconds or 0.0 for each in found.estimates)
-    if total > LONG:
-        most = max(found.estimates, key=lambda each: each.seconds or 0.0)
-        done.add(
-            "time",
-            "warn",
-            f"about {total / 3600:.1f} hours in all, {_time(most.seconds)} of it {most.stage}; for a first look: fewer "
-            "seeds (align.seeds: [0]), values of λ (align.selection), methods or samples (rank.n_samples)",
-        )
+        return None, None
     if found.completeness is not None:
         limit = loaded.attribute.completeness_tolerance
         whole = found.completeness <= limit
@@ -259,7 +256,29 @@ def _model(done: Checklist, loaded: Params, params: Path, images: Path, samples:
             f"one picture explained: it misses the difference of outputs by {found.completeness:.1e} of its size "
             + (f"(at most {limit:g})" if whole else f"(more than attribute.completeness_tolerance = {limit:g})"),
         )
-    return found
+    return found, sizes_of(loaded, model, splits, known)
+
+
+def _forecast(done: Checklist, loaded: Params, probed: Probed, sizes: Sizes, prepared: float) -> None:
+    """What each stage will take: by probes of this model, and by constants measured elsewhere for what none looks at.
+
+    prepared: seconds that preparing took just now.
+    """
+    constants = measured_constants()
+    costs = replace(probed.laid_over(costs_of(constants, sizes)), picture=prepared / sizes.pictures)
+    found = {each.stage: each for each in forecast(sizes, costs, constants)}
+    if isinstance(loaded.critique, DetectorCritic):
+        found["critique"] = replace(found["critique"], seconds=None, how="a detector, which no probe runs")
+    done.estimates = list(found.values())
+    total = sum(each.seconds or 0.0 for each in done.estimates)
+    if total > LONG:
+        most = max(done.estimates, key=lambda each: each.seconds or 0.0)
+        done.add(
+            "time",
+            "warn",
+            f"about {total / 3600:.1f} hours in all, {_time(most.seconds)} of it {most.stage}; for a first look: fewer "
+            "seeds (align.seeds: [0]), values of λ (align.selection), methods or samples (rank.n_samples)",
+        )
 
 
 def _critic(
@@ -305,7 +324,7 @@ def _critic(
             shown = (critic.endpoint, prompts, classes[probed.label], probed.picture, segments)
             call = critic_call(*shown, name_spurious_feature=named)
             seconds = _one_call(done, critic, call, colours, known) if ask and sendable else None
-            done.estimates.append(_calls("critique", critic.endpoint, call, loaded.rank.n_samples, seconds))
+            done.calls["critique"] = _calls(critic.endpoint, call, loaded.rank.n_samples, seconds)
     elif isinstance(critic, DetectorCritic):
         done.attempt("critic", lambda: detectors.ready(critic))
     else:
@@ -322,7 +341,7 @@ def _critic(
             text = "a word " * (critic.endpoint.token_limit // 2 if isinstance(critic, ModelCritic) else 100)
             prompts = load_judge_prompts(folder / judge.prompts)
             one = judge_call(judge.endpoint, prompts, text, colours, answer_format=judge.answer_format, earlier=[])
-            done.estimates.append(_calls("judge", judge.endpoint, one, loaded.rank.n_samples, None))
+            done.calls["judge"] = _calls(judge.endpoint, one, loaded.rank.n_samples, None)
 
 
 def _endpoint(done: Checklist, section: str, endpoint: Endpoint, *, pictures: bool) -> bool:
@@ -383,19 +402,15 @@ def _one_call(
     return seconds
 
 
-def _calls(stage: str, endpoint: Endpoint, call: Call, count: int, seconds: float | None) -> Estimate:
-    estimate = estimate_calls(endpoint, hits=0, tokens=[estimate_input_tokens(call)] * count)
-    cost = estimate.cost_usd_at_most if price_is_known(endpoint) else None
-    took = None if seconds is None else seconds * count / endpoint.concurrency
-    how = f"{count} calls at most, {estimate.input_tokens} tokens in, at most {estimate.output_tokens_at_most} out"
-    unknown = "; --ask measures the time" if stage == "critique" and seconds is None else ""
-    return Estimate(stage, took, None, cost, how + unknown)
+def _calls(endpoint: Endpoint, call: Call, count: int, seconds: float | None) -> Calls:
+    return Calls(endpoint, count, estimate_input_tokens(call), endpoint.token_limit, seconds)
 
 
 def _machine(done: Checklist, loaded: Params, prepared: int, complete: bool) -> None:
     """Disk, memory, and where what was paid for is shared."""
     free = shutil.disk_usage(Path.cwd()).free
-    wanted = 3 * prepared + 2**30  # outputs stand in the workspace and in DVC's cache
+    stored = 2**20 * sum(each.stored_megabytes for each in done.estimates)
+    wanted = 2 * max(stored, prepared) + 2**30  # outputs stand in the workspace and in DVC's cache
     if complete:
         enough = free > wanted
         remedy = "" if enough else "; make room"

@@ -1,134 +1,173 @@
-"""What the stages will take, estimated from small probes of the real model on real pictures (an extension)."""
+"""What one operation of each kind takes: small probes of the real model on real pictures (an extension)."""
 
 import copy
 import math
-import resource
-import sys
+import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lvlmva.params import Params
+from lvlmva_core.scaling import Costs, Sizes, network_of
 
 if TYPE_CHECKING:
     from torch import nn
 
     from lvlmva_core.samples import Split
 
-WARM = 2  # a probe runs this often, and the last run counts: the first ones fill caches
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Of a stage: seconds, megabytes of memory and US dollars; None = not known. how: what the figures rest on."""
-
-    stage: str
-    seconds: float | None
-    megabytes: float | None
-    cost_usd: float | None
-    how: str
+AT_ONCE = 2  # samples that are explained together
+MAPS = 16  # that are segmented together: alone each would take longer
+LONG_ENOUGH, MOST = 0.1, 100  # seconds that a probe is repeated for, and how often at most
 
 
 @dataclass(frozen=True)
 class Probed:
-    """estimates: of the stages that run the model. completeness: the largest error of a map, as a share of the sum of
-    its absolute attributions; None where the method makes no such promise. segments: uint8 (H, W), of the picture."""
+    """Seconds of a picture's forward pass, a step of training, a map, a segmentation and a step of alignment.
 
-    estimates: list[Estimate]
+    completeness: the largest error of a map, as a share of the sum of its absolute attributions; None where the method
+    makes no such promise. segments: uint8 (H, W), of the picture.
+    """
+
+    forward: float
+    train_step: float
+    map: float
+    cut: float
+    align_step: float
     completeness: float | None
     picture: np.ndarray
     segments: np.ndarray
     label: int
 
+    def laid_over(self, costs: Costs) -> Costs:
+        """These costs, but for what was probed."""
+        return replace(costs, **{name: getattr(self, name) for name in _PROBED})
+
+
+_PROBED = ("forward", "train_step", "map", "cut", "align_step")
+
 
 def probe(
-    params: Params, model: "nn.Module", splits: "dict[str, Split]", pictures: np.ndarray, true_masks: bool
+    params: Params,
+    model: "nn.Module",
+    train: "Split",
+    pictures: np.ndarray,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Probed:
-    """Run each step once or twice at a small size, and scale it up.
+    """Run each operation a few times at a small size.
 
     Args:
-        model: in eval mode, on the device of `splits`. pictures: uint8 (n, C, H, W), the first of the split train.
-        true_masks: whether any test picture has one, so that maps are evaluated.
+        model: in eval mode, on the device of `train`. pictures: uint8 (n, C, H, W), the first of the split train.
+        clock: seconds.
 
     Raises:
-        InputError: a step cannot be done with this model or these settings.
+        InputError: an operation cannot be done with this model or these settings.
     """
     import torch
     from torch.nn.functional import cross_entropy
 
+    from lvlmva_core.adam import Adam
     from lvlmva_core.alignment import rrr_penalty
-    from lvlmva_core.corruptions import CORRUPTIONS
     from lvlmva_core.models import predict_logits
 
-    train = splits["train"]
-    images, labels = train.images, train.labels
-    tests = sum(len(split.labels) for name, split in splits.items() if name.startswith("test"))
-    found: list[Estimate] = []
-    shown = images[:64]
-    forward = _timed(lambda: predict_logits(model, shown)) / len(shown)
-    idle = _peak()
-    if params.train.start != "checkpoint":
-        size = min(params.train.batch_size or 64, len(labels))
-        step = _timed(lambda: cross_entropy(_trained(model)(images[:size]), labels[:size]).backward())
-        steps = math.ceil(len(labels) / size) * (params.train.epochs or 1)
-        found.append(Estimate("train", steps * step, _peak(), None, f"{steps} steps of {step:.3f} s"))
-    else:
-        found.append(Estimate("train", 0.0, idle, None, "nothing is trained (from: checkpoint)"))
-    found.append(Estimate("rank", forward * len(labels), idle, None, f"{len(labels)} pictures"))
-
-    n_samples, method = params.rank.n_samples, params.attribute
+    images, labels, method = train.images, train.labels, params.attribute
+    shown, few = images[:64], min(AT_ONCE, len(pictures))
+    batch, (plain, masked) = min(params.train.batch_size or 64, len(labels)), _aligned_batch(params, len(labels))
     baselines = images[-method.n_baselines :]
-    explained: Any = None
+    masks = torch.ones((masked, *images.shape[2:]), dtype=torch.bool, device=images.device)
+    trained = copy.deepcopy(model).eval()  # so that a step leaves no trace in the model
+    optimizer = Adam(trained.parameters(), 1e-6)
+    found: dict[str, Any] = {}
+
+    def step(loss: Any) -> None:
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    def train_step() -> None:
+        step(cross_entropy(trained(images[:batch]), labels[:batch]))
+
+    def align_step() -> None:
+        loss = cross_entropy(trained(images[:plain]), labels[:plain])
+        step(loss + rrr_penalty(trained, images[:masked], masks).sum())
 
     def explain() -> None:
-        nonlocal explained
-        explained = method.explain(model, images[:1], baselines, labels[:1])
-
-    per_map = _timed(explain)
-    pairs = max(1, min(method.batch_size, method.n_baselines * n_samples) / len(baselines))
-    memory = idle + (_peak() - idle) * pairs
-    found.append(Estimate("attribute", per_map * n_samples, memory, None, f"{n_samples} maps of {per_map:.2f} s"))
-    error = float(explained.completeness_error().max()) if method.complete else None
-
-    attribution = explained.attributions.sum(1).cpu().numpy()
-    cut: Any = None
+        found["map"] = method.explain(model, images[:few], baselines, labels[:few])
 
     def segment() -> None:
-        nonlocal cut
-        cut = params.segment.segment(attribution, pictures[:1], ["probe"], images.device)
+        maps = found["map"].attributions.sum(1).cpu().numpy()
+        if not params.segment.reads_images:  # more maps are the same ones moved
+            maps = np.concatenate([np.roll(maps, place, axis=(1, 2)) for place in range(MAPS // few)])
+        shown = pictures[:few] if params.segment.reads_images else None
+        found["cut"] = params.segment.segment(maps, shown, ["probe"] * len(maps), images.device)
 
-    per_cut = _timed(segment)
-    found.append(Estimate("segment", per_cut * n_samples, _peak(), None, f"{n_samples} maps of {per_cut:.2f} s"))
-    exchanged = n_samples * params.segment.n_regions * 2 * params.exchange.n_donors
-    found.append(Estimate("exchange", forward * exchanged, _peak(), None, f"{exchanged} pictures at most"))
-
-    chosen = params.chosen_methods()
-    aligned = {name: chosen[name] for name in params.methods}
-    first: Any = aligned["lvlm_va"]
-    masked, plain = min(first.alignment_batch, len(labels)), min(first.training_batch, len(labels))
-    masks = torch.ones((masked, *images.shape[2:]), dtype=torch.bool, device=images.device)
-
-    def step_of_alignment() -> None:
-        tried = _trained(model)
-        loss = cross_entropy(tried(images[:plain]), labels[:plain])
-        (loss + rrr_penalty(tried, images[:masked], masks).sum()).backward()
-
-    step = _timed(step_of_alignment)
-    steps = sum(math.ceil(len(labels) / plain) * each.epochs * len(each.runs()) for each in _any(aligned))
-    runs = sum(len(each.runs()) for each in _any(aligned))
-    found.append(Estimate("align", steps * step, _peak(), None, f"{runs} runs, {steps} steps of {step:.2f} s in all"))
-    models = 1 + sum(len(each.seeds) for each in _any(chosen))
-    trials = 3 * params.exchange.n_held_out + tests * (1 + (5 * len(CORRUPTIONS) if params.evaluate.robustness else 0))
-    maps = params.evaluate.attribution_samples if true_masks else 0
-    seconds = models * (trials * forward + maps * per_map)
-    found.append(
-        Estimate("evaluate", seconds, memory, None, f"{models} models, {trials} pictures and {maps} maps each")
+    seconds = {
+        "forward": timed(lambda: predict_logits(model, shown), clock) / len(shown),
+        "train_step": 0.0 if params.train.start == "checkpoint" else timed(train_step, clock),
+        "map": timed(explain, clock) / few,
+        "cut": timed(segment, clock) / (few if params.segment.reads_images else MAPS // few * few),
+        "align_step": timed(align_step, clock),
+    }
+    error = float(found["map"].completeness_error().max()) if method.complete else None
+    return Probed(
+        **seconds, completeness=error, picture=pictures[0], segments=found["cut"]["segments"][0], label=int(labels[0])
     )
-    return Probed(found, error, pictures[0], np.asarray(cut["segments"][0]), int(labels[0]))
+
+
+def sizes_of(params: Params, model: "nn.Module", splits: "dict[str, Split]", true_masks: bool) -> Sizes:
+    """How much the stages have to do.
+
+    Args:
+        true_masks: whether any test picture has one, so that maps are evaluated.
+    """
+    from lvlmva_core.corruptions import CORRUPTIONS, SEVERITIES
+
+    train = splits["train"]
+    training, validation = len(train.labels), len(splits["val"].labels)
+    channels, height, width = train.images.shape[1:]
+    tests = sum(len(split.labels) for name, split in splits.items() if name.startswith("test"))
+    chosen = params.chosen_methods()
+    aligned: list[Any] = [chosen[name] for name in params.methods]
+    every: list[Any] = list(chosen.values())
+    plain, masked = _aligned_batch(params, training)
+    batch, epochs = min(params.train.batch_size or 64, training), params.train.epochs or 0
+    epochs = 0 if params.train.start == "checkpoint" else epochs
+    corrupted = SEVERITIES * len(CORRUPTIONS) if params.evaluate.robustness else 0
+    return Sizes(
+        pictures=sum(len(split.labels) for split in splits.values()),
+        training=training,
+        samples=params.rank.n_samples,
+        height=height,
+        width=width,
+        channels=channels,
+        network=network_of(model, train.images[:1]),
+        baselines=params.attribute.n_baselines,
+        pairs_at_once=params.attribute.batch_size,
+        regions=params.segment.n_regions,
+        starts=getattr(params.segment, "n_starts", 1),
+        donors=2 * params.exchange.n_donors,
+        train_steps=math.ceil(training / batch) * epochs,
+        train_batch=batch,
+        train_validated=(training + validation) * epochs,
+        methods=len(aligned),
+        align_runs=sum(len(each.runs()) for each in aligned),
+        align_steps=sum(math.ceil(training / plain) * each.epochs * len(each.runs()) for each in aligned),
+        align_validated=sum(validation * each.epochs * len(each.runs()) for each in aligned),
+        align_batch=plain,
+        masked_batch=masked,
+        evaluations=1 + len(every),
+        models=1 + sum(len(each.seeds) for each in every),
+        evaluated_pictures=3 * params.exchange.n_held_out + tests * (1 + corrupted),
+        evaluated_maps=params.evaluate.attribution_samples if true_masks else 0,
+    )
+
+
+def _aligned_batch(params: Params, training: int) -> tuple[int, int]:
+    first: Any = params.chosen_methods()["lvlm_va"]
+    return min(first.training_batch, training), min(first.alignment_batch, training)
 
 
 def megabytes_available() -> float | None:
@@ -141,30 +180,19 @@ def megabytes_available() -> float | None:
     return float(lines["MemAvailable"].split()[0]) / 1024 if "MemAvailable" in lines else None
 
 
-def _any(settings: dict[str, Any]) -> list[Any]:
-    return list(settings.values())
-
-
-def _trained(model: "nn.Module") -> "nn.Module":
-    """A copy in eval mode, so that a step leaves no trace in the model."""
-    return copy.deepcopy(model).eval()
-
-
-def _timed(work: Callable[[], Any]) -> float:
-    """Seconds of the last of a few runs."""
+def timed(work: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds of a run, the median of some after one that fills caches."""
     import torch
 
-    seconds = 0.0
-    for _ in range(WARM):
-        started = time.perf_counter()
+    def once() -> float:
+        started = clock()
         work()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
-    return seconds
+        return clock() - started
 
-
-def _peak() -> float:
-    """Most memory that this process has held, megabytes."""
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most / (2**20 if sys.platform == "darwin" else 2**10)
+    once()
+    seconds: list[float] = []
+    while not seconds or (sum(seconds) < LONG_ENOUGH and len(seconds) < MOST):
+        seconds.append(once())
+    return statistics.median(seconds)

@@ -7,6 +7,7 @@ import pytest
 from lvlmva.check import Checklist, _critic
 from lvlmva.params import load_params
 from lvlmva.probe import Probed
+from lvlmva_core.scaling import money
 from tests.pipeline.calls import Server, sample_arrays
 
 CLASSES = [str(k) for k in range(10)]
@@ -16,7 +17,7 @@ KNOWN = {"prompts": Path("prompts"), "critiques": Path("data/critiques.jsonl")}
 def _asked(*, ask: bool = True) -> Checklist:
     pictures, segments, _ = sample_arrays(1)
     done = Checklist()
-    probed = Probed([], None, pictures[0], segments[0], 3)
+    probed = Probed(0.0, 0.0, 0.0, 0.0, 0.0, None, pictures[0], segments[0], 3)
     _critic(done, load_params(Path("params.yaml")), KNOWN, CLASSES, probed, ask=ask)
     return done
 
@@ -29,21 +30,21 @@ def test_one_question_is_sent_where_the_user_agrees_and_its_answer_is_kept(folde
     quiet = _asked(ask=False)
     assert server.log() == []
     assert not _said(quiet, "asked")
-    assert "--ask measures the time" in next(each for each in quiet.estimates if each.stage == "critique").how
+    assert quiet.calls["critique"].seconds is None
+    assert quiet.calls["critique"].input_tokens > 0
 
     first = _asked()
     assert server.paid() == 1
     (line,) = _said(first, "asked")
     assert line.startswith("ok: an answer of ")
     assert first.passed
-    estimate = next(each for each in first.estimates if each.stage == "critique")
-    assert estimate.seconds is not None
-    assert estimate.cost_usd is not None
+    assert first.calls["critique"].seconds is not None
+    assert money(first.calls["critique"]) is not None
 
     again = _asked()
     assert server.paid() == 1
     assert "the store holds an answer" in _said(again, "asked")[0]
-    assert next(each for each in again.estimates if each.stage == "critique").seconds is None
+    assert again.calls["critique"].seconds is None
 
 
 @pytest.mark.parametrize("always", [{"message": {"content": "I see a picture."}}, {"message": {"content": ""}}])
