@@ -1,6 +1,6 @@
 """`lvlmva work`: what a stage would compute or buy, put into the store beforehand by many workers (an extension).
 
-A worker is the stage's own command with `--share i/n`: it finds the same keys, and writes nothing but records. Then the
+A worker is the stage's own command with `--shard i/n`: it finds the same keys, and writes nothing but records. Then the
 stage finds them all, and its output is what it would have been without workers.
 """
 
@@ -38,7 +38,7 @@ POLL_S = 0.5  # how often it is looked whether another worker is done
 
 def work(
     stage: Annotated[Literal["attribute", "segment", "critique"], typer.Option(help="whose records")],
-    share: Annotated[str | None, typer.Option(help="i/n: only this part of the samples, in this process")] = None,
+    shard: Annotated[str | None, typer.Option(help="i/n: only this part of the samples, in this process")] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="all parts, by so many workers [execution.workers]")
     ] = None,
@@ -46,23 +46,23 @@ def work(
 ) -> None:
     """Put the records that a stage needs into the store, by several workers; `dvc repro` then finds them there.
 
-    Without --share, workers are started on what `execution` of params.yaml names: processes of this machine, Slurm or
+    Without --shard, workers are started on what `execution` of params.yaml names: processes of this machine, Slurm or
     Ray. With it, this process is one of them: start it wherever the project and its store are seen. Any of them may be
     killed; repeating the command goes on. Each may buy its part of max_calls and max_cost_usd.
     """
     execution = load_params(params).execution
     command = ["python", *command_of(stage)[1:], "--params", str(params)]
-    if share is not None:
-        read_share(share)
+    if shard is not None:
+        read_share(shard)
         # not a child: whoever ends this process, ends the work
-        os.execv(sys.executable, [sys.executable, *command[1:], "--share", share])
+        os.execv(sys.executable, [sys.executable, *command[1:], "--shard", shard])
     if workers is not None:
         execution = execution.model_copy(update={"workers": workers})
     count, store = execution.workers, open_store()
     tasks = [
         Task(
             f"{stage}-{number}-of-{count}",
-            (*command, "--share", f"{number}/{count}"),
+            (*command, "--shard", f"{number}/{count}"),
             environment={"LVLMVA_STORE": str(store.root)},
         )
         for number in range(1, count + 1)

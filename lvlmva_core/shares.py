@@ -41,5 +41,5 @@ def read_share(text: str) -> Share:
     found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
     number, of = map(int, found.groups()) if found else (0, 0)
     if not 1 <= number <= of:
-        raise InputError(f"--share '{text}': expected i/n with i from 1 to n, as in 1/4, 2/4, 3/4, 4/4")
+        raise InputError(f"--shard '{text}': expected i/n with i from 1 to n, as in 1/4, 2/4, 3/4, 4/4")
     return Share(number, of)

@@ -19,9 +19,9 @@ def attribute(
     base: Path,
     attributions: Path,
     attribute_metrics: Path,
-    share: str | None = None,
+    shard: str | None = None,
 ) -> None:
-    """Explain the ground-truth logit of every alignment sample. share: "i/n", only puts that part into the store."""
+    """Explain the ground-truth logit of every alignment sample. shard: "i/n", only puts that part into the store."""
     loaded = load_params(params)
     method = loaded.attribute
     device = set_up_compute(loaded.compute.device, loaded.compute.threads)
@@ -34,8 +34,8 @@ def attribute(
         own_model=loaded.train.model,
         device=device,
     )
-    if share is not None:
-        fill(found.rows, attributions, records_in=maps.records_in, stage="attribute", share=share)
+    if shard is not None:
+        fill(found.rows, attributions, records_in=maps.records_in, stage="attribute", share=shard)
         return
     keys, records = kept_or_computed(found.rows, attributions, records_in=maps.records_in, stage="attribute")
     with ArrayWriter(attributions) as writer:

@@ -28,9 +28,9 @@ def critique(
     critiques: Path,
     dry_run: bool = False,
     export_batch: Path | None = None,
-    share: str | None = None,
+    shard: str | None = None,
 ) -> None:
-    """Have the regions of each alignment sample criticised. share: "i/n", only puts that part into the store."""
+    """Have the regions of each alignment sample criticised. shard: "i/n", only puts that part into the store."""
     loaded = load_params(params)
     config = loaded.critique
     with_truth = needs_truth(config)
@@ -38,8 +38,8 @@ def critique(
     at_most, asked = config.independent_at_most, cases
     if at_most is not None:
         asked = cases_to_ask(cases, read_independent(reliance, [case.sample for case in cases], at_most))
-    if share is not None:
-        buy(config, loaded.judge, asked, class_names, prompts, critiques, share=share)
+    if shard is not None:
+        buy(config, loaded.judge, asked, class_names, prompts, critiques, share=shard)
         return
     rows = criticise_all(
         config, loaded.judge, asked, class_names, prompts, critiques, dry_run=dry_run, batch=export_batch

@@ -18,17 +18,17 @@ def segment(
     samples: Path,
     segments: Path,
     segment_metrics: Path,
-    share: str | None = None,
+    shard: str | None = None,
 ) -> None:
-    """Cut each attribution map into regions. share: "i/n", only puts that part into the store."""
+    """Cut each attribution map into regions. shard: "i/n", only puts that part into the store."""
     loaded = load_params(params)
     segmenter = loaded.segment
     device = set_up_compute(loaded.compute.device, loaded.compute.threads)
     rows = segmentations.rows_of_maps(
         segmenter, attributions=attributions, images=images, samples=samples, device=device
     )
-    if share is not None:
-        fill(rows, segments, records_in=segmentations.records_in, stage="segment", share=share)
+    if shard is not None:
+        fill(rows, segments, records_in=segmentations.records_in, stage="segment", share=shard)
         return
     keys, records = kept_or_computed(rows, segments, records_in=segmentations.records_in, stage="segment")
     with ArrayWriter(segments) as writer:

@@ -184,7 +184,7 @@ def test_the_outputs_are_those_without_workers(
 
 def test_a_share_that_is_none_is_refused(made: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(made.folder)
-    with pytest.raises(InputError, match=r"--share '3/2': expected i/n with i from 1 to n"):
+    with pytest.raises(InputError, match=r"--shard '3/2': expected i/n with i from 1 to n"):
         work("attribute", "3/2", None, Path("params.yaml"))
 
 
@@ -217,7 +217,7 @@ def _params(folder: Path, **changes: Any) -> None:
 
 
 def _share(share: str) -> str:
-    return f"{CRITIQUE} --share {share}"
+    return f"{CRITIQUE} --shard {share}"
 
 
 def _but_for_the_answers_number(folder: Path) -> str:
