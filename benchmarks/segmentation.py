@@ -14,6 +14,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,8 @@ def random_fields(n: int, exponent: float, generator: torch.Generator) -> Tensor
     amplitude[0, 0] = 0
     noise = torch.randn(n, SIDE, SIDE, generator=generator)
     fields = torch.fft.irfft2(torch.fft.rfft2(noise) * amplitude, s=(SIDE, SIDE))
-    return fields / fields.std((1, 2), keepdim=True)
+    unit: Tensor = fields / fields.std((1, 2), keepdim=True)
+    return unit
 
 
 def sparse(n: int, generator: torch.Generator) -> Tensor:
@@ -171,7 +173,7 @@ def other_kinds(n: int, device: torch.device) -> list[str]:
     lines = ["| kind of maps | pixels with weight | CPU milliseconds a map | seconds a map |", "|---|---|---|---|"]
     for number, kind in enumerate(KINDS):
         maps = kind(n, torch.Generator().manual_seed(2000 + number)).to(device)
-        runs = [timed(lambda maps=maps: fit_weighted_gmm(maps, J))[:2] for _ in range(3)]
+        runs = [timed(partial(fit_weighted_gmm, maps, J))[:2] for _ in range(3)]
         clock, cpu = (min(run[part] for run in runs) / n for part in (0, 1))
         lines.append(f"| {kind.__name__} | {float((maps > 0).float().mean()):.2f} | {1e3 * cpu:.0f} | {clock:.3f} |")
     return [f"{n} maps of each of other kinds, the least of three runs:", "", *lines, ""]

@@ -282,12 +282,12 @@ def _from_top(levels: list[list[em.Points]], settings: _Settings) -> Tensor:
         if n == 1:
             statistics = em.maximise(groups, statistics[:, None], ROUGH, FIRST_STEPS, accelerate=True)[0][:, 0]
         statistics, likelihood, correction = newton.climb(groups, statistics, tolerance, settings.max_iterations, guide)
-        kept = _best_of_each(likelihood, owner, 1 if k == 0 else FINALISTS[min(n, len(FINALISTS) - 1)])
-        statistics, owner = statistics[kept], owner[kept]
+        best = _best_of_each(likelihood, owner, 1 if k == 0 else FINALISTS[min(n, len(FINALISTS) - 1)])
+        statistics, owner = statistics[best], owner[best]
         if guide is None:
             guided_by = k
         if n > 0:  # from here on a correction costs more than some steps, and one from this grid serves nearly as well
-            guide = _of(levels[guided_by], owner), correction.rows(kept)
+            guide = _of(levels[guided_by], owner), correction.rows(best)
     return statistics
 
 
