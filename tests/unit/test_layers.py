@@ -8,7 +8,7 @@ from lvlmva.pipeline import _imports
 
 ROOT = Path(__file__).parents[2]
 LAYERS = [
-    ["errors", "progress", "arrays", "settings", "store", "statistics", "compute", "convolutions"],
+    ["errors", "progress", "arrays", "settings", "store", "shared_store", "statistics", "compute", "convolutions"],
     ["penalties"],
     ["align_settings", "train_settings", "exchange_settings"],
     [
