@@ -45,10 +45,10 @@ Moment = Literal["start", "questions", "end", "never"]
 MOMENTS: tuple[Moment, ...] = ("start", "start", *["questions"] * 5, "end", "never")
 
 
-def run_stage(here: Path, store: Path, name: str, own_python: bool) -> None:
-    """Run a stage in a project, as a process of its own."""
+def run_stage(here: Path, store: Path, name: str, own_python: bool, **more: str) -> None:
+    """Run a stage in a project, as a process of its own. more: environment variables."""
     os.chdir(here)
-    os.environ |= environment(store)
+    os.environ |= environment(store, **more)
     with open(here / "said.txt", "ab") as said:
         os.dup2(said.fileno(), 1)
         os.dup2(said.fileno(), 2)

@@ -1,4 +1,4 @@
-"""Where the stores lie, and what of it is committed: earlier outputs, from DVC's cache or its remote.
+"""Where the store lies, and what of it is committed: earlier outputs, from DVC's cache or its remote.
 
 The core takes records and knows no DVC; this module is the bridge. Whatever was committed anywhere in the history
 (branches, remotes' branches, tags, experiments, the other side of a merge) was paid for or computed by someone.

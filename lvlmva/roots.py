@@ -81,7 +81,7 @@ def local_copy(address: str) -> Path:
                 _download(files, sources, sizes, [_object(folder, wanted[below]) for below in group])
             except InputError:
                 raise
-            except Exception as error:
+            except Exception as error:  # see above
                 if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise
                 raise _unreadable(name, error) from None

@@ -8,6 +8,7 @@ from lvlmva.pipeline import _imports
 
 ROOT = Path(__file__).parents[2]
 LAYERS = [
+<<<<<<< HEAD
     [
         "errors",
         "progress",
@@ -21,6 +22,9 @@ LAYERS = [
         "compute",
         "convolutions",
     ],
+=======
+    ["errors", "progress", "arrays", "settings", "store", "shared_store", "statistics", "compute", "convolutions"],
+>>>>>>> s3
     ["penalties"],
     ["align_settings", "train_settings", "exchange_settings"],
     [
