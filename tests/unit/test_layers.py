@@ -8,7 +8,6 @@ from lvlmva.pipeline import _imports
 
 ROOT = Path(__file__).parents[2]
 LAYERS = [
-<<<<<<< HEAD
     [
         "errors",
         "progress",
@@ -16,15 +15,13 @@ LAYERS = [
         "settings",
         "leases",
         "store",
+        "shared_store",
         "rows",
         "shares",
         "statistics",
         "compute",
         "convolutions",
     ],
-=======
-    ["errors", "progress", "arrays", "settings", "store", "shared_store", "statistics", "compute", "convolutions"],
->>>>>>> s3
     ["penalties"],
     ["align_settings", "train_settings", "exchange_settings"],
     [
