@@ -57,6 +57,7 @@ CHECKED = (  # N, model, hidden units, pixels a side, channels, R, J, starts: no
     (128, "mlp", 32, 24, 1, 5, 2, 4),
     (128, "small_resnet", 12, 40, 3, 6, 4, 16),
     (512, "mlp", 32, 24, 1, 5, 2, 4),
+    (2048, "mlp", 32, 24, 1, 5, 2, 4),
 )
 PAPER = {"N": 256, "R": 25, "J": 7, "starts": 32, "side": 224, "channels": 3}
 COUNTS = (256, 10_000, 100_000, 1_000_000)
@@ -351,7 +352,7 @@ def error_table(constants: Constants, runs: Sequence[Mapping[str, Any]]) -> str:
     for run in runs:
         sizes = checked_sizes(run)
         foreseen.append({each.stage: each for each in forecast(sizes, costs_of(constants, sizes), constants)})
-    for stage in foreseen[0]:
+    for stage in (stage for stage in foreseen[0] if any(stage in run["stages"] for run in runs)):
         cells = []
         for run, found in zip(runs, foreseen, strict=True):
             if stage not in run["stages"]:
