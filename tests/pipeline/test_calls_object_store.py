@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from lvlmva.calls import pull, push
 from lvlmva_core import shared_store
 from lvlmva_core.errors import InputError
 from lvlmva_core.shared_store import UnreachableError
-from tests.pipeline.calls import COUNT, CRITIQUE, KEY, Server, critique_here, environment, project, rows, run
+from tests.pipeline.calls import COUNT, CRITIQUE, KEY, Server, critique_here, environment, project, rows
 from tests.s3 import BUCKET, S3, SECRET, Proxy, running_s3
 
 Be = Callable[..., Path]
@@ -233,9 +234,14 @@ def test_a_plan_puts_nothing_and_replay_finds_what_others_bought(
 
 
 def test_push_mends_what_is_damaged_there_and_pull_takes_all(
-    be: Be, s3: S3, server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    be: Be,
+    s3: S3,
+    server: Server,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    one = be("one")
+    be("one")
     critique_here()
     damaged = min(s3.keys(f"{tmp_path.name}/calls"))
     s3.client().put_object(Bucket=BUCKET, Key=f"{tmp_path.name}/calls/{damaged}", Body=b'{"choices": []}')
@@ -244,11 +250,12 @@ def test_push_mends_what_is_damaged_there_and_pull_takes_all(
     critique_here()
     assert len(server.log()) == 1  # bought anew, and put in the place of the damaged one
     assert "is damaged there" in caplog.text
-    variables = environment(tmp_path / "store-one", **s3.variables(tmp_path.name))
-    assert run(one, "lvlmva.cli calls push", variables) == "0 answers put into the shared store, 1 taken from it\n"
-    empty = environment(tmp_path / "store-three", **s3.variables(tmp_path.name))
-    said = run(one, "lvlmva.cli calls pull", empty)
-    assert said == f"0 answers put into the shared store, {COUNT} taken from it\n"
+    be("one")
+    push()
+    assert capsys.readouterr().out == "0 answers put into the shared store, 1 taken from it\n"
+    be("three")
+    pull()
+    assert capsys.readouterr().out == f"0 answers put into the shared store, {COUNT} taken from it\n"
     assert _kept(tmp_path / "store-one") == _kept(tmp_path / "store-two") == _kept(tmp_path / "store-three")
 
 
