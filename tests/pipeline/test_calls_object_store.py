@@ -168,7 +168,7 @@ def test_connections_that_break_off_in_the_middle_cost_nothing(be: Be, s3: S3, s
     be("one", port=proxy.port)
 
     def disturb() -> None:
-        while not stopped.wait(0.15):
+        while not stopped.wait(0.5):
             proxy.fail(generator.choice(["request", "answer"]), generator.randrange(1500), times=1)
 
     disturbing = threading.Thread(target=disturb)

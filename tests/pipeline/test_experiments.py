@@ -21,6 +21,8 @@ TINY = (
     *("evaluate.attribution_samples=4", "evaluate.robustness=false", "exchange.n_held_out=1", "exchange.n_donors=1"),
 )
 
+pytestmark = pytest.mark.usefixtures("warm_stages")
+
 
 def start(folder: Path, workers: int) -> "subprocess.Popen[str]":
     changes = [word for change in TINY for word in ("--set", change)]
@@ -43,7 +45,7 @@ def finish(process: "subprocess.Popen[str]", code: int = 0) -> str:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def whole(tmp_path_factory: pytest.TempPathFactory, warm_stages: None) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("whole")
     return folder, finish(start(folder, 1))
 

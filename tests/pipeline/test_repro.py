@@ -1,4 +1,7 @@
-"""The real pipeline through the real DVC: what runs, what does not, and that the bytes are the same."""
+"""The real pipeline through the real DVC: what runs, what does not, and that the bytes are the same.
+
+Stages find the libraries in memory, as with `lvlmva repro`, but for those that are killed.
+"""
 
 import json
 import os
@@ -10,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lvlmva.warm import warm
+from lvlmva.warm import SOCKET
 from tests.pipeline.project import Project
 
 CHAIN = ["prepare", "train", "rank", "attribute", "segment", "critique", "judge", "mask"]
@@ -20,12 +23,13 @@ OTHERS = [f"{stage}@{name}" for stage in ("align", "evaluate") for name in ALIGN
 OTHERS += [f"{stage}@{name}" for stage in ("retrain", "evaluate_retrained") for name in RETRAINED]
 OTHERS += ["exchange", "settings", "explain", "evaluate_base"]
 
+pytestmark = pytest.mark.usefixtures("warm_stages")
+
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, list[str]]:
+def finished(tmp_path_factory: pytest.TempPathFactory, warm_stages: None) -> tuple[Project, list[str]]:
     project = Project(tmp_path_factory.mktemp("project"))
-    with warm():  # as `lvlmva repro` does; the killed one is made by `dvc repro` alone, to the same bytes
-        return project, project.repro()
+    return project, project.repro()
 
 
 def test_every_stage_runs_once_and_the_second_time_none(finished: tuple[Project, list[str]]) -> None:
@@ -98,11 +102,12 @@ def test_killed_at_any_moment_and_repeated_the_bytes_are_the_same(
     finished: tuple[Project, list[str]], tmp_path: Path
 ) -> None:
     project = Project(tmp_path / "killed")
+    cold = {name: value for name, value in project.environment.items() if name != SOCKET}  # dvc's stages die with it
     for seconds in (5.0, 14.0, 9.0):
         process = subprocess.Popen(
             ["dvc", "repro"],
             cwd=project.folder,
-            env=project.environment,
+            env=cold,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
