@@ -7,7 +7,7 @@ REAL := .real-servers
 MANYLINUX := $(foreach tag,_2_28 _2_27 _2_17 2014 1,--platform manylinux$(tag)_x86_64)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test api tour lock real-servers gpu gpu-wheels
+.PHONY: help setup demo test test-long api tour lock real-servers gpu gpu-wheels
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -31,7 +31,10 @@ test: $(STAMP) ## lint, type-check and run all tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder
+
+test-long: $(STAMP) ## run the tests that `make test` leaves out because they take long
+	PATH="$(CURDIR)/$(BIN):$$PATH" LVLMVA_LONG=1 OMP_NUM_THREADS=1 $(BIN)/pytest -m long -n 2 --dist loadscope --no-loadscope-reorder
 
 api: $(STAMP) ## build the API reference from the docstrings into build/api
 	$(BIN)/python -W error -m pdoc --docformat google --output-directory build/api lvlmva_core

@@ -1,4 +1,4 @@
-"""PPEPS-WGM against pomegranate and a plain EM loop: seconds a map and log-likelihood, on maps of many kinds.
+"""PPEPS-WGM against pomegranate and a plain EM loop: seconds a map and log-likelihood, in one run.
 
     python -m benchmarks.segmentation [--attributions data/attributions.zarr] [--out benchmarks/segmentation.md]
 
@@ -14,7 +14,6 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,58 +50,14 @@ def attribution_like(n: int, seed: int = 0) -> Tensor:
     return maps
 
 
-def random_fields(n: int, exponent: float, generator: torch.Generator) -> Tensor:
-    """Gaussian fields of variance 1 whose power falls with frequency to the -exponent: (n, 224, 224) float32."""
-    frequency = torch.hypot(torch.fft.fftfreq(SIDE)[:, None], torch.fft.rfftfreq(SIDE)[None])
-    amplitude = frequency.clamp(min=1 / SIDE) ** (-exponent / 2)
-    amplitude[0, 0] = 0
-    noise = torch.randn(n, SIDE, SIDE, generator=generator)
-    fields = torch.fft.irfft2(torch.fft.rfft2(noise) * amplitude, s=(SIDE, SIDE))
-    unit: Tensor = fields / fields.std((1, 2), keepdim=True)
-    return unit
-
-
-def sparse(n: int, generator: torch.Generator) -> Tensor:
-    """About one pixel in a hundred, on contour lines."""
-    lines = (random_fields(n, 3.0, generator).abs() < 0.06) & (random_fields(n, 2.0, generator) > 0.3)
-    noise = torch.randn(n, SIDE, SIDE, generator=generator) * torch.randn(n, SIDE, SIDE, generator=generator).exp()
-    return torch.where(lines, noise, 0).clamp(min=0)
-
-
-def dense(n: int, generator: torch.Generator) -> Tensor:
-    """Every pixel, log-normal over all scales, from even to peaked."""
-    return (torch.linspace(0.5, 2.0, n)[:, None, None] * random_fields(n, 2.5, generator)).exp()
-
-
-def noisy(n: int, generator: torch.Generator) -> Tensor:
-    """Positive half of white, heavy-tailed noise under a weak envelope."""
-    envelope = (0.5 * random_fields(n, 3.0, generator)).exp()
-    noise = torch.randn(n, SIDE, SIDE, generator=generator)
-    return (envelope * noise * (1.5 * torch.randn(n, SIDE, SIDE, generator=generator)).exp()).clamp(min=0)
-
-
-def smooth(n: int, generator: torch.Generator) -> Tensor:
-    """Positive half of a smooth field, squared."""
-    return random_fields(n, 4.0, generator).clamp(min=0) ** 2
-
-
-def ridges(n: int, generator: torch.Generator) -> Tensor:
-    """Contour lines, from wide apart to near, positive where another field is."""
-    phase = torch.linspace(2, 6, n)[:, None, None] * random_fields(n, 4.0, generator)
-    return (torch.exp(-(((phase % 1) - 0.5) ** 2) / 0.02) * random_fields(n, 2.0, generator)).clamp(min=0)
-
-
-KINDS = (sparse, dense, noisy, smooth, ridges)
-
-
 def starts_of(maps: Tensor, n_starts: int, seed: int = 0) -> list[tuple[Tensor, Tensor, Tensor]]:
     """The starts that `fit_weighted_gmm` draws, as parameters: (shares, means, covariances) of all maps per start."""
     grid = em.pixel_moments(maps)
-    while max(grid.shape[2:]) > COARSEST:
+    while max(grid.shape[1:3]) > COARSEST:
         grid = em.halve(grid)
-    if bool(((grid[:, 0] > 0).flatten(1).sum(1) < CELLS_PER_COMPONENT * J).any()):
+    if bool(((grid[..., 0] > 0).flatten(1).sum(1) < CELLS_PER_COMPONENT * J).any()):
         raise SystemExit("a map has too little weight to draw all starts on one grid; choose other maps")
-    points = em.as_points(grid, only_weighted=True)
+    points = em.as_points(grid, maps.dtype, cells=True, only_weighted=False)
     uniforms = torch.rand(32, J, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)[:n_starts]
     statistics = em.spread_starts(points, uniforms)
     shares, means, triple = em.parameters(statistics)
@@ -168,17 +123,6 @@ def timed(run: Callable[[], Any]) -> tuple[float, float, Any]:
     return time.perf_counter() - begin, time.process_time() - cpu, result
 
 
-def other_kinds(n: int, device: torch.device) -> list[str]:
-    """A table of n maps of each kind: least CPU time of three runs."""
-    lines = ["| kind of maps | pixels with weight | CPU milliseconds a map | seconds a map |", "|---|---|---|---|"]
-    for number, kind in enumerate(KINDS):
-        maps = kind(n, torch.Generator().manual_seed(2000 + number)).to(device)
-        runs = [timed(partial(fit_weighted_gmm, maps, J))[:2] for _ in range(3)]
-        clock, cpu = (min(run[part] for run in runs) / n for part in (0, 1))
-        lines.append(f"| {kind.__name__} | {float((maps > 0).float().mean()):.2f} | {1e3 * cpu:.0f} | {clock:.3f} |")
-    return [f"{n} maps of each of other kinds, the least of three runs:", "", *lines, ""]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--attributions", type=Path, help="an attributions.zarr of 224 x 224; synthetic maps without")
@@ -187,7 +131,6 @@ def main() -> None:
     )
     parser.add_argument("--peer-maps", type=int, default=4, help="maps for the slow peers")
     parser.add_argument("--reference-maps", type=int, default=16, help="maps for the full-resolution reference")
-    parser.add_argument("--kind-maps", type=int, default=32, help="maps of each of the other kinds; 0 for none")
     parser.add_argument(
         "--device", default="cpu", help="where this library's fits run; the peers' run on the processor"
     )
@@ -265,7 +208,6 @@ def main() -> None:
         ),
         "",
     ]
-    lines += other_kinds(options.kind_maps, device) if options.kind_maps else []
     text = "\n".join(lines)
     sys.stdout.write(text + "\n")
     if options.out:

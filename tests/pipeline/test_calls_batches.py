@@ -56,6 +56,7 @@ def _export(here: Path, variables: dict[str, str], stage: str = CRITIQUE) -> str
     return " ".join(str(file.relative_to(here)) for file in sorted((here / "out").glob("*.jsonl")))
 
 
+@pytest.mark.long
 def test_1000_calls_half_of_them_lost_are_each_bought_once(tmp_path: Path, server: Server) -> None:
     here = project(tmp_path / "p", server, 1000, endpoint={"concurrency": 16, "max_calls": 2000, "timeout_s": 200.0})
     variables = environment(tmp_path / "store")

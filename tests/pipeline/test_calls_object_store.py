@@ -132,6 +132,7 @@ def test_without_a_connection_nothing_is_bought_and_what_is_here_still_serves(
     assert SECRET not in said
 
 
+@pytest.mark.long
 def test_an_answer_that_was_paid_when_the_connection_broke_is_kept_and_shared_later(
     be: Be, s3: S3, server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -163,13 +164,16 @@ def test_an_answer_that_was_paid_when_the_connection_broke_is_kept_and_shared_la
     assert len(server.log()) == COUNT
 
 
+@pytest.mark.long
 def test_connections_that_break_off_in_the_middle_cost_nothing(be: Be, s3: S3, server: Server) -> None:
     proxy, stopped, generator = Proxy(s3.port), threading.Event(), random.Random(0)
     be("one", port=proxy.port)
 
     def disturb() -> None:
-        while not stopped.wait(0.5):
+        while True:
             proxy.fail(generator.choice(["request", "answer"]), generator.randrange(1500), times=1)
+            if stopped.wait(0.5):
+                return
 
     disturbing = threading.Thread(target=disturb)
     disturbing.start()

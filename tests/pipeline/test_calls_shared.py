@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 from ruamel.yaml import YAML
 
 from tests.pipeline.calls import COUNT, CRITIQUE, JUDGE, ROOT, Server, environment, project, rows
@@ -263,6 +264,7 @@ def test_an_unreachable_remote_stops_before_paying_unless_told_otherwise(tmp_pat
     assert len(server.log()) == COUNT
 
 
+@pytest.mark.long
 def test_experiments_share_the_store(tmp_path: Path, server: Server) -> None:
     one = _first(tmp_path, server, BOTH)
     one.run("dvc repro")
@@ -364,6 +366,7 @@ def test_the_plan_of_changed_params_is_said_and_nothing_is_sent(tmp_path: Path, 
     assert one.run("dvc status --quiet") == ""
 
 
+@pytest.mark.long
 def test_a_remote_on_an_object_store_serves_like_a_folder(tmp_path: Path, server: Server, s3: S3) -> None:
     variables = s3.variables()
     del variables["LVLMVA_SHARED_STORE"]

@@ -92,6 +92,7 @@ def test_rows_are_what_the_outputs_say(whole: tuple[Path, str]) -> None:
     assert (folder / "rows.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.long
 def test_it_goes_on_after_a_kill_to_the_same_bytes(whole: tuple[Path, str], tmp_path: Path) -> None:
     """Two workers, all killed with the first base's regions there; what was done is not done again."""
     with start(tmp_path, 2) as process:

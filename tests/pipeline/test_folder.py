@@ -99,6 +99,7 @@ def test_from_bad_files_to_a_report_without_groups_or_masks(project: Project) ->
     assert "| Δ accuracy |" in project.run("lvlmva", "results", "--markdown").stdout
 
 
+@pytest.mark.long
 def test_with_groups_and_without_masks(project: Project) -> None:
     project.set_params({"prepare.table": "pictures/grouped.csv", "prepare.on_bad_file": "leave_out"})
     project.set_params({"methods": {"lvlm_va": {}, "lambda_zero": {"rrr_lambda": 0.0}}, "align.selection": None})

@@ -114,6 +114,7 @@ def _children(process: int) -> list[int]:
     return [int(word) for word in listed.read_text().split()]
 
 
+@pytest.mark.long
 def test_a_killed_process_ends_the_stage_which_goes_on_when_repeated(
     inputs: Path, tmp_path: Path, one_thread: None
 ) -> None:

@@ -1,5 +1,6 @@
 """prepare.root on an object store: what comes is what is there, once, whole or not at all."""
 
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,6 +100,8 @@ def test_an_archive_and_a_folder_give_the_same_data_set(s3: S3, address: str, tm
 def test_mistakes_are_named_without_a_secret(
     s3: S3, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for package in ("gcsfs", "adlfs"):
+        monkeypatch.setitem(sys.modules, package, None)  # as where they are not installed
     for root, told in (
         (f"{address}/absent", "nothing is there; expected a folder with pictures"),
         ("s3://no-such-bucket/x", "no such bucket, or nothing there"),
