@@ -10,6 +10,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.kinds import apart
 from tests.pipeline.calls import KEY, Server, critique_here, endpoint, judge_here, project, rows, running_server
 
@@ -65,6 +67,7 @@ def _may_ask(model: str) -> int:
     return {"one": 2, "last": 2}.get(model, 1)
 
 
+@pytest.mark.long
 def test_a_cascade_that_is_killed_again_and_again_buys_each_answer_once(tmp_path: Path) -> None:
     generator, kills, rounds = random.Random(3), 0, 0
     with running_server("--decide", f"{apart.__module__}:{apart.__name__}") as server:

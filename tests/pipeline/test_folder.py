@@ -54,6 +54,7 @@ def _error(project: Project) -> str:
     return line
 
 
+@pytest.mark.long
 def test_from_bad_files_to_a_report_without_groups_or_masks(project: Project) -> None:
     line = _error(project)
     for name in ("leer.png: empty file", "kaputt.jpg: not a", "notes.png: not a picture", "fehlt.png: no such file"):
