@@ -1,5 +1,6 @@
 """A share of the samples: the i-th of n parts that workers divide them into."""
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -32,7 +33,7 @@ class Share:
         """Its part of an amount: the parts of all shares add up to no more."""
         part = limit / self.of
         while part * self.of > limit:  # rounded up
-            part *= 1 - 1e-15
+            part = math.nextafter(part, 0)
         return part
 
 

@@ -1,7 +1,7 @@
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as some
 
 from lvlmva_core.errors import InputError
@@ -30,6 +30,7 @@ def test_parts_of_a_number_of_calls_add_up_to_it(limit: int, of: int) -> None:
     assert max(parts) - min(parts) <= 1
 
 
+@example(limit=5e-323, of=7)  # of the smallest numbers there are
 @given(limit=some.floats(0, 1e9), of=some.integers(1, 10**6))
 def test_parts_of_an_amount_add_up_to_no_more(limit: float, of: int) -> None:
     part = Share(1, of).of_cost(limit)
