@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.data import data_folder
+from tests.s3 import S3, running_s3
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -20,6 +21,15 @@ def data_root() -> Path:
     folder = data_folder()
     assert folder is not None
     return folder
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[S3]:
+    """An S3 server on loopback with an empty bucket."""
+    for needed in ("moto", "boto3", "dvc_s3"):
+        pytest.importorskip(needed, reason="the extra s3 and the S3 server of the tests are not installed")
+    with running_s3() as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

@@ -9,21 +9,11 @@ import pytest
 from lvlmva.warm import warm
 from tests.pipeline.browser import CHROMIUM
 from tests.pipeline.calls import COUNT, KEY, Server, project, running_server
-from tests.s3 import S3, running_s3
 
 
 @pytest.fixture(scope="module")
 def process() -> Iterator[Server]:
     with running_server() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[S3]:
-    """An S3 server on loopback with an empty bucket."""
-    for needed in ("moto", "boto3", "dvc_s3"):
-        pytest.importorskip(needed, reason="the extra s3 and the S3 server of the tests are not installed")
-    with running_s3() as server:
         yield server
 
 

@@ -2,7 +2,6 @@
 
 import sys
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +11,10 @@ from PIL import Image
 from lvlmva.roots import local_copy, with_local_root
 from lvlmva_core.datasets.folder import Folder
 from lvlmva_core.errors import InputError
-from tests.s3 import BUCKET, S3, SECRET, Proxy, running_s3
+from tests.s3 import BUCKET, S3, SECRET, Proxy
 
 pytest.importorskip("s3fs", reason="the extra s3 is not installed")
 pytest.importorskip("moto", reason="the S3 server of these tests is not installed")
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[S3]:
-    with running_s3() as server:
-        yield server
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,19 +16,13 @@ from lvlmva_core import shared_store
 from lvlmva_core.rows import Rows
 from lvlmva_core.shared_store import NotFreeError, SharedStore
 from lvlmva_core.store import Record, digest
-from tests.s3 import BUCKET, S3, Proxy, running_s3
+from tests.s3 import BUCKET, S3, Proxy
 
 pytest.importorskip("boto3", reason="the extra s3 is not installed")
 pytest.importorskip("moto", reason="the S3 server of these tests is not installed")
 
 WRITERS = 8
 Open = Callable[[], SharedStore]
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[S3]:
-    with running_s3() as server:
-        yield server
 
 
 @pytest.fixture
