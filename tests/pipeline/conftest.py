@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from lvlmva.warm import warm
+from lvlmva_core.lvlm import client
 from tests.pipeline.browser import CHROMIUM
 from tests.pipeline.calls import COUNT, KEY, Server, project, running_server
 
@@ -37,6 +38,7 @@ def folder(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> P
     monkeypatch.setenv("LVLMVA_STORE", str(tmp_path / "store"))
     monkeypatch.setenv("LVLMVA_TEST_API_KEY", KEY)
     monkeypatch.delenv("LVLMVA_OFFLINE", raising=False)
+    monkeypatch.setattr(client, "FIRST_WAIT_S", 0.02)  # between a failure and the next attempt, of stages called here
     return here
 
 
