@@ -30,8 +30,9 @@ demo: $(STAMP) ## run the whole pipeline on the default data and print the table
 test: $(STAMP) ## lint, type-check and run all tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder
+	$(BIN)/mypy & types=$$!; \
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder; tests=$$?; \
+	wait $$types && exit $$tests
 
 test-long: $(STAMP) ## run the tests that `make test` leaves out because they take long
 	PATH="$(CURDIR)/$(BIN):$$PATH" LVLMVA_LONG=1 OMP_NUM_THREADS=1 $(BIN)/pytest -m long -n 2 --dist loadscope --no-loadscope-reorder

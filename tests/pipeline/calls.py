@@ -18,6 +18,7 @@ from ruamel.yaml import YAML
 from lvlmva_core.arrays import write_arrays, write_table
 from stages.critique import critique
 from stages.judge import judge
+from tests.pipeline.warm_process import run_module
 
 ROOT = Path(__file__).parents[2]
 KEY = "sk-loopback/9f8e7d6c5b4a"
@@ -187,11 +188,10 @@ def start(folder: Path, command: str, variables: dict[str, str]) -> subprocess.P
 
 
 def run(folder: Path, command: str, variables: dict[str, str], code: int = 0) -> str:
-    """Run a stage as a process to its end; says what it printed."""
-    process = start(folder, command, variables)
-    said = process.communicate(timeout=300)[0]
-    assert process.returncode == code, said
-    return said
+    """Run a stage or a command to its end, in a copy of a process that has the libraries; says what it printed."""
+    done = run_module(command.split(), folder, variables, together=True)
+    assert done.returncode == code, done.stdout
+    return done.stdout
 
 
 def rows(folder: Path, name: str) -> list[dict[str, Any]]:

@@ -1,15 +1,17 @@
 """A model server on loopback for each module of tests, and a small project that asks it."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lvlmva.warm import warm
+from lvlmva.warm import SOCKET
 from lvlmva_core.lvlm import client
 from tests.pipeline.browser import CHROMIUM
 from tests.pipeline.calls import COUNT, KEY, Server, project, running_server
+from tests.pipeline.warm_process import address
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +23,9 @@ def process() -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def warm_stages() -> Iterator[None]:
     """Stages find the libraries in memory, as with `lvlmva repro`: for tests of what comes out, not of how."""
-    with warm():
-        yield
+    os.environ[SOCKET] = address()
+    yield
+    del os.environ[SOCKET]
 
 
 @pytest.fixture

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from lvlmva.warm import SOCKET
 from tests.pipeline.calls import COUNT, CRITIQUE, JUDGE, ROOT, Server, environment, project, rows
+from tests.pipeline.warm_process import address, run_program
 from tests.s3 import BUCKET, S3
 
 SEGMENT = (
@@ -32,19 +34,12 @@ class Clone:
         }
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         config = str(folder.parent / "config")
-        self.variables = environment(None, PATH=path, XDG_CONFIG_HOME=config, **identity, **variables)
+        warm = {SOCKET: address()}  # for the stages that DVC starts
+        self.variables = environment(None, PATH=path, XDG_CONFIG_HOME=config, **identity, **warm, **variables)
 
     def run(self, command: str, code: int = 0) -> str:
         """Run a command; says what it printed."""
-        done = subprocess.run(
-            command.split(),
-            cwd=self.folder,
-            env=self.variables,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
+        done = run_program(command.split(), self.folder, self.variables, together=True)
         assert done.returncode == code, f"{command}\n{done.stdout}"
         return done.stdout
 
@@ -334,6 +329,7 @@ def test_a_machine_that_would_segment_otherwise_pays_nothing(tmp_path: Path, ser
     (tmp_path / "shim" / "segment_elsewhere.py").write_text(SHIM)
     path = f"{ROOT}{os.pathsep}{tmp_path / 'shim'}"
     two = _clone(tmp_path, "two", PYTHONPATH=path)
+    del two.variables[SOCKET]  # its stages are not those of the others
     server.set()
     elsewhere = SEGMENT.replace("stages.segment", "segment_elsewhere")
     two.run(f"python -m {elsewhere}")

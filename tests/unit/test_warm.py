@@ -37,6 +37,8 @@ sys.exit(int(sys.argv[1]))
 @pytest.fixture(scope="module")
 def served() -> Iterator[None]:
     with warm():
+        while not Path(os.environ[SOCKET]).exists():  # without it a stage runs by itself
+            time.sleep(0.02)
         yield
 
 
