@@ -32,8 +32,8 @@ REFUSED = b"no"
 
 @contextlib.contextmanager
 def warm() -> Iterator[None]:
-    """While it is open, stages that are started below this process run as copies of a warm one."""
-    if not hasattr(os, "pidfd_open"):  # not Linux
+    """While it is open, stages that are started below this process run as copies of a warm one, of one for all."""
+    if not hasattr(os, "pidfd_open") or SOCKET in os.environ:  # not Linux, or started below one
         yield
         return
     with tempfile.TemporaryDirectory(prefix="lvlmva-") as folder:  # nobody else may enter it

@@ -8,7 +8,9 @@ import pytest
 from ruamel.yaml import YAML
 
 from lvlmva.repro import changed_stages
+from lvlmva.warm import SOCKET
 from lvlmva_core.errors import InputError
+from tests.pipeline.warm_process import address, run_program
 
 # Each of the two writes its name and waits for the other's: they end only if both run at the same time.
 MEET = """
@@ -53,10 +55,8 @@ def _diamond() -> dict[str, dict[str, object]]:
 
 
 def _repro(folder: Path, *options: str, command: str = "lvlmva") -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "NO_COLOR": "1", "COLUMNS": "200"}
-    return subprocess.run(
-        [command, "repro", *options], cwd=folder, capture_output=True, text=True, env=environment, timeout=300
-    )
+    environment = {**os.environ, "NO_COLOR": "1", "COLUMNS": "200", SOCKET: address()}
+    return run_program([command, "repro", *options], folder, environment)
 
 
 def test_stages_that_do_not_depend_on_each_other_run_at_the_same_time(tmp_path: Path) -> None:
