@@ -183,15 +183,12 @@ def _regions(
     loaded: Params, known: dict[str, Path], items: Sequence[Item], labels: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray, bool]:
     """Segments uint8 (n, H, W) and attributions float32 (n, H, W) as the stages make them, and whether a model did."""
-    import torch
-
     from lvlmva_core import attribution_maps as maps
     from lvlmva_core import segmentations
     from lvlmva_core.compute import set_up_compute
-    from lvlmva_core.models import load_checkpoint
-    from lvlmva_core.samples import Split, to_unit_range
+    from lvlmva_core.models import load_checkpoint, weights_digest
+    from lvlmva_core.samples import to_unit_range
     from lvlmva_core.segmenters.grid import Grid
-    from lvlmva_core.splits import read_sample_rows
 
     pictures, ids = np.stack([item.case.picture for item in items]), [item.case.sample for item in items]
     from_model = known["base"].is_file()
@@ -202,15 +199,14 @@ def _regions(
         classifier, spec = load_checkpoint(known["base"], device)
         table = read_samples(known["samples"])
         drawn = maps.draw_baselines(rows_of_split(table, "train"), method.n_baselines, method.seed)
-        baselines = read_sample_rows(known["images"], table, table["id"].iloc[drawn].tolist(), device).images
-        shown = Split(
-            torch.from_numpy(to_unit_range(pictures)).to(device), torch.tensor(labels, dtype=torch.int64).to(device)
-        )
+        baselines = to_unit_range(read_images(known["images"], drawn))
+        shown, targets = to_unit_range(pictures), np.asarray(labels, dtype=np.int64)
 
-        def read(places: Sequence[int]) -> Split:
-            return Split(shown.images[list(places)], shown.labels[list(places)])
+        def read(places: Sequence[int]) -> maps.Shown:
+            return shown[list(places)], targets[list(places)]
 
-        explained = maps.rows_to_explain(method, classifier, spec, baselines, ids, read)
+        weights = weights_digest(classifier)
+        explained = maps.rows_to_explain(method, lambda: classifier, spec, weights, baselines, ids, read)
         _, records = kept_or_computed(explained, OUT, records_in=maps.records_in, stage="calibrate")
         found = list(records)
         maps.check_completeness(method, ids, np.concatenate([record["completeness_error"] for record in found]))
@@ -219,7 +215,7 @@ def _regions(
         segmenter = Grid(n_regions=loaded.segment.n_regions)
         attributions = np.ones((len(items), *pictures.shape[2:]), dtype=np.float32)
     rows = segmentations.rows_to_segment(
-        segmenter, ids, lambda places: attributions[list(places)], lambda places: pictures[list(places)], device
+        segmenter, ids, lambda places: attributions[list(places)], lambda places: pictures[list(places)], lambda: device
     )
     _, records = kept_or_computed(rows, OUT, records_in=segmentations.records_in, stage="calibrate")
     cut = list(records)

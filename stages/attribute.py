@@ -1,5 +1,6 @@
 """Stage attribute: explanation maps of the alignment samples."""
 
+from functools import partial
 from pathlib import Path
 
 from lvlmva.entry import run
@@ -24,7 +25,6 @@ def attribute(
     """Explain the ground-truth logit of every alignment sample. shard: "i/n", only puts that part into the store."""
     loaded = load_params(params)
     method = loaded.attribute
-    device = set_up_compute(loaded.compute.device, loaded.compute.threads)
     found = maps.rows_of_alignment_set(
         method,
         images=images,
@@ -32,7 +32,7 @@ def attribute(
         alignment_set=alignment_set,
         base=base,
         own_model=loaded.train.model,
-        device=device,
+        device=partial(set_up_compute, loaded.compute.device, loaded.compute.threads),
     )
     if shard is not None:
         fill(found.rows, attributions, records_in=maps.records_in, stage="attribute", share=shard)

@@ -1,5 +1,6 @@
 """Stage segment: attribution maps to regions."""
 
+from functools import partial
 from pathlib import Path
 
 from lvlmva.entry import run
@@ -23,7 +24,7 @@ def segment(
     """Cut each attribution map into regions. shard: "i/n", only puts that part into the store."""
     loaded = load_params(params)
     segmenter = loaded.segment
-    device = set_up_compute(loaded.compute.device, loaded.compute.threads)
+    device = partial(set_up_compute, loaded.compute.device, loaded.compute.threads)
     rows = segmentations.rows_of_maps(
         segmenter, attributions=attributions, images=images, samples=samples, device=device
     )
