@@ -6,7 +6,6 @@ from pathlib import Path
 from lvlmva.entry import run
 from lvlmva.kept import kept_or_computed
 from lvlmva.params import load_params
-from lvlmva.work import fill
 from lvlmva_core import attribution_maps as maps
 from lvlmva_core.arrays import ArrayWriter, write_json
 from lvlmva_core.compute import set_up_compute
@@ -35,6 +34,8 @@ def attribute(
         device=partial(set_up_compute, loaded.compute.device, loaded.compute.threads),
     )
     if shard is not None:
+        from lvlmva.work import fill  # here, since it brings all that asks models
+
         fill(found.rows, attributions, records_in=maps.records_in, stage="attribute", share=shard)
         return
     keys, records = kept_or_computed(found.rows, attributions, records_in=maps.records_in, stage="attribute")

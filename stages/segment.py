@@ -6,7 +6,6 @@ from pathlib import Path
 from lvlmva.entry import run
 from lvlmva.kept import kept_or_computed
 from lvlmva.params import load_params
-from lvlmva.work import fill
 from lvlmva_core import segmentations
 from lvlmva_core.arrays import ArrayWriter, write_json
 from lvlmva_core.compute import set_up_compute
@@ -29,6 +28,8 @@ def segment(
         segmenter, attributions=attributions, images=images, samples=samples, device=device
     )
     if shard is not None:
+        from lvlmva.work import fill  # here, since it brings all that asks models
+
         fill(rows, segments, records_in=segmentations.records_in, stage="segment", share=shard)
         return
     keys, records = kept_or_computed(rows, segments, records_in=segmentations.records_in, stage="segment")
