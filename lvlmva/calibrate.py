@@ -5,10 +5,9 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import numpy as np
-import pandas as pd
 import typer
 
 from lvlmva.ask import criticise_by_model, judge_by_model
@@ -35,6 +34,10 @@ from lvlmva_core.samples import (
     read_spurious_masks,
     rows_of_split,
 )
+
+if TYPE_CHECKING:
+    import pandas as pd
+
 
 OUT = Path("calibration")  # no output of a stage: nothing of it is committed
 OWN = "params"
@@ -68,6 +71,8 @@ def calibrate(
     Held-out pictures get known shortcuts, on the object and off it: a patch, a letter, a strip like a bandage; blur and
     colour casts of the whole. Critic and Judge are asked as in the stages, through the store and within the budget.
     """
+    import pandas as pd
+
     if out is not None and out.suffix not in (".csv", ".md"):
         raise InputError(f"--out {out}: expected a file that ends in .csv or .md")
     names = critic or [OWN]
@@ -232,7 +237,7 @@ def _ask(
     rule: Overlap,
     *,
     dry_run: bool,
-) -> tuple[dict[str, Any], pd.DataFrame] | None:
+) -> "tuple[dict[str, Any], pd.DataFrame] | None":
     """One critic's answers, counted; None after a dry run."""
     typer.echo(f"{name}:", err=True)
     cases = [item.case for item in items]
