@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-import pandas as pd
 import typer
 
 from lvlmva.params import load_params
@@ -18,6 +17,7 @@ from lvlmva.roots import with_local_root
 from lvlmva_core.errors import InputError
 
 if TYPE_CHECKING:
+    import pandas as pd
     import torch
 
     from lvlmva_core.report.audit_page import AuditContent
@@ -71,7 +71,7 @@ class Subject:
 
     model: Any
     images: Path
-    table: pd.DataFrame
+    table: "pd.DataFrame"
     rows: np.ndarray
     class_names: list[str]
     source: Path | None
@@ -303,8 +303,10 @@ def _run_all(subject: Subject, device: "torch.device") -> tuple["torch.Tensor", 
     return torch.cat(logits), {name: np.concatenate([part[name] for part in cues]) for name in cues[0]}
 
 
-def _chosen(pictured: pd.DataFrame, logits: "torch.Tensor", n_samples: int) -> list[str]:
+def _chosen(pictured: "pd.DataFrame", logits: "torch.Tensor", n_samples: int) -> list[str]:
     """Ids of the samples that the model is surest of, by rising id: as many of each class, all of a rarer one."""
+    import pandas as pd
+
     from lvlmva_core.ranking import output_entropy, select_alignment_set
 
     candidates = pd.DataFrame(
@@ -324,14 +326,14 @@ def _chosen(pictured: pd.DataFrame, logits: "torch.Tensor", n_samples: int) -> l
     return sorted(pd.concat(chosen))
 
 
-def _donors(pictured: pd.DataFrame, rng: np.random.Generator) -> list[str]:
+def _donors(pictured: "pd.DataFrame", rng: np.random.Generator) -> list[str]:
     """Ids of the pictures that regions are filled from, as many of each class."""
     drawn = pictured.iloc[rng.permutation(len(pictured))]
     place = drawn.groupby("label").cumcount().to_numpy()
     return sorted(drawn["id"].iloc[np.argsort(place, kind="stable")[:DONORS]])
 
 
-def _file_cues(pictured: pd.DataFrame, source: Path | None) -> dict[str, np.ndarray]:
+def _file_cues(pictured: "pd.DataFrame", source: Path | None) -> dict[str, np.ndarray]:
     """File and original sizes, float64 (N,); NaN throughout where one of them is not known."""
     from PIL import Image
 
@@ -406,7 +408,7 @@ def _own(wanted: Any, stated: Any, folder: Path, root: Path, split: str, device:
     )
 
 
-def _rows(table: pd.DataFrame, split: str) -> np.ndarray:
+def _rows(table: "pd.DataFrame", split: str) -> np.ndarray:
     from lvlmva_core.samples import rows_of_split
 
     return np.arange(len(table)) if split == "all" else rows_of_split(table, split)

@@ -5,10 +5,9 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import numpy as np
-import pandas as pd
 import typer
 
 from lvlmva.ask import criticise_by_model, judge_by_model
@@ -35,6 +34,10 @@ from lvlmva_core.samples import (
     read_spurious_masks,
     rows_of_split,
 )
+
+if TYPE_CHECKING:
+    import pandas as pd
+
 
 OUT = Path("calibration")  # no output of a stage: nothing of it is committed
 OWN = "params"
@@ -68,6 +71,8 @@ def calibrate(
     Held-out pictures get known shortcuts, on the object and off it: a patch, a letter, a strip like a bandage; blur and
     colour casts of the whole. Critic and Judge are asked as in the stages, through the store and within the budget.
     """
+    import pandas as pd
+
     if out is not None and out.suffix not in (".csv", ".md"):
         raise InputError(f"--out {out}: expected a file that ends in .csv or .md")
     names = critic or [OWN]
@@ -183,15 +188,12 @@ def _regions(
     loaded: Params, known: dict[str, Path], items: Sequence[Item], labels: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray, bool]:
     """Segments uint8 (n, H, W) and attributions float32 (n, H, W) as the stages make them, and whether a model did."""
-    import torch
-
     from lvlmva_core import attribution_maps as maps
     from lvlmva_core import segmentations
     from lvlmva_core.compute import set_up_compute
-    from lvlmva_core.models import load_checkpoint
-    from lvlmva_core.samples import Split, to_unit_range
+    from lvlmva_core.models import load_checkpoint, weights_digest
+    from lvlmva_core.samples import to_unit_range
     from lvlmva_core.segmenters.grid import Grid
-    from lvlmva_core.splits import read_sample_rows
 
     pictures, ids = np.stack([item.case.picture for item in items]), [item.case.sample for item in items]
     from_model = known["base"].is_file()
@@ -202,15 +204,14 @@ def _regions(
         classifier, spec = load_checkpoint(known["base"], device)
         table = read_samples(known["samples"])
         drawn = maps.draw_baselines(rows_of_split(table, "train"), method.n_baselines, method.seed)
-        baselines = read_sample_rows(known["images"], table, table["id"].iloc[drawn].tolist(), device).images
-        shown = Split(
-            torch.from_numpy(to_unit_range(pictures)).to(device), torch.tensor(labels, dtype=torch.int64).to(device)
-        )
+        baselines = to_unit_range(read_images(known["images"], drawn))
+        shown, targets = to_unit_range(pictures), np.asarray(labels, dtype=np.int64)
 
-        def read(places: Sequence[int]) -> Split:
-            return Split(shown.images[list(places)], shown.labels[list(places)])
+        def read(places: Sequence[int]) -> maps.Shown:
+            return shown[list(places)], targets[list(places)]
 
-        explained = maps.rows_to_explain(method, classifier, spec, baselines, ids, read)
+        weights = weights_digest(classifier)
+        explained = maps.rows_to_explain(method, lambda: classifier, spec, weights, baselines, ids, read)
         _, records = kept_or_computed(explained, OUT, records_in=maps.records_in, stage="calibrate")
         found = list(records)
         maps.check_completeness(method, ids, np.concatenate([record["completeness_error"] for record in found]))
@@ -219,7 +220,7 @@ def _regions(
         segmenter = Grid(n_regions=loaded.segment.n_regions)
         attributions = np.ones((len(items), *pictures.shape[2:]), dtype=np.float32)
     rows = segmentations.rows_to_segment(
-        segmenter, ids, lambda places: attributions[list(places)], lambda places: pictures[list(places)], device
+        segmenter, ids, lambda places: attributions[list(places)], lambda places: pictures[list(places)], lambda: device
     )
     _, records = kept_or_computed(rows, OUT, records_in=segmentations.records_in, stage="calibrate")
     cut = list(records)
@@ -236,7 +237,7 @@ def _ask(
     rule: Overlap,
     *,
     dry_run: bool,
-) -> tuple[dict[str, Any], pd.DataFrame] | None:
+) -> "tuple[dict[str, Any], pd.DataFrame] | None":
     """One critic's answers, counted; None after a dry run."""
     typer.echo(f"{name}:", err=True)
     cases = [item.case for item in items]

@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from lvlmva.experiments_folder import Piece, base_of, has_lambda, is_done, paths_of
 from lvlmva.pipeline import paths
@@ -28,6 +27,10 @@ from lvlmva_core.study import (
     tables,
 )
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+
 Models = dict[str, dict[str, Outputs]]  # base -> method -> outputs
 
 
@@ -38,7 +41,7 @@ class Found:
     judged: who criticised and judged, of a stand-in what it is.
     """
 
-    samples: pd.DataFrame
+    samples: "pd.DataFrame"
     models: Mapping[str, Models]
     values: Mapping[str, Mapping[str, Runs]]
     judged: str
@@ -90,6 +93,8 @@ def _judged(verdicts: Path) -> str:
 
 def write_rows(found: Found, rows: Path) -> None:
     """Write the rows, and beside them the comparisons (`<name>_compared.csv`); nothing where nothing is complete."""
+    import pandas as pd
+
     if not found.values:
         return
     rows.parent.mkdir(parents=True, exist_ok=True)
@@ -123,6 +128,8 @@ def write_page(found: Found, rows: Path, primary: str) -> list[str]:
 
     primary: the measure that was declared.
     """
+    import pandas as pd
+
     comparisons = pd.read_csv(compared_file(rows), dtype={RRR_LAMBDA: str}, keep_default_na=False)
     models = sum(len(runs) for values in found.values.values() for of in values.values() for runs in of.values())
     said = conclusions(comparisons, primary) or ["no method could be compared with another: too little is complete"]
@@ -143,7 +150,7 @@ def _direction(measure: str) -> str:
     return "more is better" if MEASURES[measure] else "less is better"
 
 
-def _draw(comparisons: pd.DataFrame, primary: str, caption: str, file: Path) -> None:
+def _draw(comparisons: "pd.DataFrame", primary: str, caption: str, file: Path) -> None:
     from lvlmva_core.report.figures import Compared, save_figure, study_figure  # matplotlib
 
     there = comparisons["measure"].unique()

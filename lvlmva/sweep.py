@@ -4,15 +4,18 @@ import sys
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import pandas as pd
 import typer
 
 from lvlmva_core.errors import InputError
 from lvlmva_core.methods import METHODS
 from lvlmva_core.metrics import METRICS
 from lvlmva_core.report.tables import markdown_table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
 
 SWEPT = ("lvlm_va", "random_masks", "rrr_gt")
 
@@ -29,6 +32,8 @@ def sweep(
     of that file for the table, separated by commas. The workspace is passed over, and so are experiments without
     metrics.
     """
+    import pandas as pd
+
     from lvlmva_core.report.figures import save_figure, sweep_figure  # matplotlib: no other command should wait for it
 
     table, columns = read_experiments(experiments, setting, [name for name in also.split(",") if name])
@@ -45,12 +50,14 @@ def sweep(
     save_figure(sweep_figure(table, setting), out)
 
 
-def read_experiments(path: Path, setting: str, also: Sequence[str] = ()) -> tuple[pd.DataFrame, pd.DataFrame]:
+def read_experiments(path: Path, setting: str, also: Sequence[str] = ()) -> "tuple[pd.DataFrame, pd.DataFrame]":
     """Metrics with columns x, method, metric, mean, std; and the columns named in `also`, by x. Of equal x the first.
 
     Raises:
         InputError: the file is not there, a name is no column of it, or no experiment has metrics.
     """
+    import pandas as pd
+
     try:
         shown = pd.read_csv(path)
     except (OSError, ValueError) as error:
@@ -79,11 +86,13 @@ def read_experiments(path: Path, setting: str, also: Sequence[str] = ()) -> tupl
 
 
 def _cell(value: Any) -> str:
+    import pandas as pd
+
     if pd.isna(value):
         return "not known"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _column(shown: pd.DataFrame, file: str, key: str) -> str | None:
+def _column(shown: "pd.DataFrame", file: str, key: str) -> str | None:
     """DVC names a column by its file only where several files have the key."""
     return next((name for name in (f"{file}:{key}", key) if name in shown), None)

@@ -5,12 +5,14 @@ import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from lvlmva_core.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SHARD_ROWS = 64  # one file per 64 samples: few enough files for DVC, small enough to transfer singly
 CHUNK_BYTES = 1 << 16  # decoded at once; smaller chunks cost more to find than to decode
@@ -154,14 +156,16 @@ def array_names(path: Path) -> list[str]:
         raise InputError(f"{path}: not a readable zarr group; {_REPAIR}") from error
 
 
-def write_table(path: Path, table: pd.DataFrame) -> None:
+def write_table(path: Path, table: "pd.DataFrame") -> None:
     """Write a table as parquet, without an index, byte for byte the same for the same table."""
     path.parent.mkdir(parents=True, exist_ok=True)
     table.to_parquet(path, index=False, engine="pyarrow", compression="zstd")
 
 
-def read_table(path: Path, columns: list[str]) -> pd.DataFrame:
+def read_table(path: Path, columns: list[str]) -> "pd.DataFrame":
     """Read a parquet table and check that it has `columns`. Raises InputError where it does not."""
+    import pandas as pd  # here, so that a stage that reads no table starts without it
+
     try:
         table = pd.read_parquet(path, engine="pyarrow")
     except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError

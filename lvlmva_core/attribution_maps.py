@@ -1,5 +1,6 @@
 """Attribution maps of an alignment set: what each is kept under, how they are computed, checked and counted."""
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,20 +10,21 @@ import numpy as np
 
 from lvlmva_core.arrays import ArrayWriter, read_array, read_attrs, read_table
 from lvlmva_core.attribution_methods import AttributionMethod
+from lvlmva_core.checkpoints import ModelSpec, read_weights_digest
 from lvlmva_core.errors import InputError
-from lvlmva_core.models import ModelSpec, load_checkpoint, weights_digest
 from lvlmva_core.rows import Rows, shards_of, stacked
-from lvlmva_core.samples import Split, read_samples, rows_of_ids, rows_of_split
-from lvlmva_core.splits import read_rows
+from lvlmva_core.samples import read_images, read_samples, rows_of_ids, rows_of_split, to_unit_range
 from lvlmva_core.store import Record, digest
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import nn
 
 KIND = "attributions"  # of the store
 CHUNK = 16  # samples that are explained before they are put into the store: what a killed run loses at most
 NAMED = 5  # worst samples that an error names
+
+Shown = tuple[np.ndarray, np.ndarray]  # pictures, float32 (n, C, H, W) in [0, 1]; which logit of each, int64 (n,)
 
 
 def draw_baselines(training: np.ndarray, n_baselines: int, seed: int) -> np.ndarray:
@@ -38,17 +40,22 @@ def draw_baselines(training: np.ndarray, n_baselines: int, seed: int) -> np.ndar
 
 def rows_to_explain(
     method: AttributionMethod,
-    model: "nn.Module",
+    model: "Callable[[], nn.Module]",
     spec: ModelSpec,
-    baselines: "Tensor",
+    weights: str,
+    baselines: np.ndarray,
     ids: Sequence[str],
-    read: Callable[[Sequence[int]], Split],
+    read: Callable[[Sequence[int]], Shown],
 ) -> Rows:
     """The map of each sample: under a digest of all that changes it, a record "attribution" (H, W), channels summed,
     and "completeness_error" (1,).
 
+    The digests are made without PyTorch.
+
     Args:
-        baselines: float32 (R, C, H, W). ids: of N samples. read: places (0..N-1) -> these samples.
+        model: gives it in eval mode; asked for only where a map is to be computed, and then again and again.
+        spec, weights: of the model, the latter its `weights_digest`. baselines: float32 (R, C, H, W) in [0, 1].
+        ids: of N samples. read: places (0..N-1) -> these samples.
     """
     common = digest(
         {
@@ -56,21 +63,26 @@ def rows_to_explain(
             "version": method.version,
             "settings": {name: getattr(method, name) for name in method.decisive},
             "model": spec.facts(),
-            "weights": weights_digest(model),
-            "baselines": baselines.cpu().numpy(),
+            "weights": weights,
+            "baselines": baselines,
         }
     )
 
     def keys_of(places: Sequence[int]) -> list[str]:
-        shown = read(places)
+        pictures, targets = read(places)
         return [
-            digest({"common": common, "image": image.cpu().numpy(), "target": int(label)})
-            for image, label in zip(shown.images, shown.labels, strict=True)
+            digest({"common": common, "image": picture, "target": int(target)})
+            for picture, target in zip(pictures, targets, strict=True)
         ]
 
     def compute(places: Sequence[int]) -> list[Record]:
-        shown = read(places)
-        found = method.explain(model, shown.images, baselines, shown.labels)
+        import torch  # here, so that a stage whose maps are all there starts without it
+
+        explained = model()
+        device = next(explained.parameters()).device
+        pictures, targets = read(places)
+        inputs, compared, logits = (torch.from_numpy(array).to(device) for array in (pictures, baselines, targets))
+        found = method.explain(explained, inputs, compared, logits)
         maps, errors = found.attributions.sum(1).cpu().numpy(), found.completeness_error().cpu().numpy()
         return [{"attribution": maps[n], "completeness_error": errors[n : n + 1]} for n in range(len(places))]
 
@@ -94,20 +106,32 @@ def rows_of_alignment_set(
     alignment_set: Path,
     base: Path,
     own_model: str | None,
-    device: "torch.device",
+    device: "Callable[[], torch.device]",
 ) -> ToExplain:
     """`rows_to_explain` of the ground-truth logit of the alignment set, from files of which no more is read than is
-    asked for. own_model: `train.model`, where its builder is the user's own."""
-    model, spec = load_checkpoint(base, device, own_model)
+    asked for. own_model: `train.model`, where its builder is the user's own. device: asked for only with the model."""
+
+    @functools.cache
+    def model() -> "nn.Module":
+        from lvlmva_core.models import load_checkpoint
+
+        return load_checkpoint(base, device(), own_model)[0]
+
+    spec, weights = read_weights_digest(base)
+    if weights is None:
+        from lvlmva_core.models import weights_digest
+
+        weights = weights_digest(model())
     table = read_samples(samples)
     chosen = table.iloc[rows_of_ids(table, sorted(read_table(alignment_set, ["id"])["id"]))]
     drawn = table.iloc[draw_baselines(rows_of_split(table, "train"), method.n_baselines, method.seed)]
-    baselines = read_rows(images, drawn, device).images
+    baselines = to_unit_range(read_images(images, drawn.index.to_numpy()))
 
-    def read(places: Sequence[int]) -> Split:
-        return read_rows(images, chosen.iloc[np.asarray(places)], device)
+    def read(places: Sequence[int]) -> Shown:
+        some = chosen.iloc[np.asarray(places)]
+        return to_unit_range(read_images(images, some.index.to_numpy())), some["label"].to_numpy(copy=True)
 
-    rows = rows_to_explain(method, model, spec, baselines, chosen["id"].tolist(), read)
+    rows = rows_to_explain(method, model, spec, weights, baselines, chosen["id"].tolist(), read)
     return ToExplain(rows, chosen["label"].tolist(), drawn["id"].tolist())
 
 

@@ -6,10 +6,9 @@ have no place, so that no region is the right one to reject: there it is counted
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
-import pandas as pd
 
 from lvlmva_core.agreement import wilson_interval
 from lvlmva_core.errors import InputError
@@ -20,6 +19,10 @@ from lvlmva_core.lvlm.records import CritiqueRow, VerdictRow
 from lvlmva_core.lvlm.settings import Endpoint
 from lvlmva_core.planting import GlobalKind, LocalKind, Place, Size, centre_of, distort, kinds_for, plant
 from lvlmva_core.regions import MAX_REGIONS, NO_REGION, ON_OBJECT, Overlap, overlaps, regions_present
+
+if TYPE_CHECKING:
+    import pandas as pd
+
 
 UNTOUCHED = "untouched"
 CONFIDENCE = 0.95
@@ -185,12 +188,14 @@ def _with_own_region(item: Item) -> Item:
     return replace(item, made=True, case=replace(item.case, segments=segments, attribution=effect))
 
 
-def regions_table(items: Sequence[Item], verdicts: Sequence[VerdictRow], rule: Overlap) -> pd.DataFrame:
+def regions_table(items: Sequence[Item], verdicts: Sequence[VerdictRow], rule: Overlap) -> "pd.DataFrame":
     """A row for each region that got a verdict.
 
     Columns: sample (of the picture it was made from), kind, size, place, made, region, area (share of the picture),
     truth, verdict, and `before`: the verdict on the same region of the untouched picture, for global kinds.
     """
+    import pandas as pd
+
     rows = []
     given = {row.sample: row.by_region() for row in verdicts}
     for item in items:
@@ -222,7 +227,7 @@ def proportion(hits: int, total: int) -> dict[str, float | int | None]:
     return {"hits": hits, "total": total, "share": hits / total if total else None, "low": low, "high": high}
 
 
-def quality(table: pd.DataFrame) -> dict[str, Any]:
+def quality(table: "pd.DataFrame") -> dict[str, Any]:
     """What rows of `regions_table` say of a critic.
 
     Of regions with a planted shortcut, recall (the share that was rejected), in all and by kind, region size, kind and
@@ -233,6 +238,8 @@ def quality(table: pd.DataFrame) -> dict[str, Any]:
     global kind `changed`, the share of regions whose verdict is another one than on the untouched picture, and false
     alarms.
     """
+    import pandas as pd
+
     local = table[table["kind"].isin(get_args(LocalKind)) & (table["truth"] != "known_shortcut")]
     untouched = table[table["kind"] == UNTOUCHED]
     kinds = [kind for kind in get_args(LocalKind) if (local["kind"] == kind).any()]
@@ -269,7 +276,7 @@ def quality(table: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def _found(rows: pd.DataFrame) -> dict[str, Any]:
+def _found(rows: "pd.DataFrame") -> dict[str, Any]:
     planted, rejected = rows["truth"] == "planted", rows["verdict"] == "no"
     hits = int((planted & rejected).sum())
     return {
@@ -279,11 +286,11 @@ def _found(rows: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def _rejected(rows: pd.DataFrame) -> dict[str, Any]:
+def _rejected(rows: "pd.DataFrame") -> dict[str, Any]:
     return proportion(int((rows["verdict"] == "no").sum()), len(rows))
 
 
-def _changed(rows: pd.DataFrame) -> dict[str, Any]:
+def _changed(rows: "pd.DataFrame") -> dict[str, Any]:
     paired = rows[rows["before"].notna()]
     return proportion(int((paired["before"] != paired["verdict"]).sum()), len(paired))
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
-import pandas as pd
 
 from lvlmva_core.errors import InputError
 from lvlmva_core.metrics import (
@@ -26,6 +25,8 @@ from lvlmva_core.samples import TWINS, groups_known
 from lvlmva_core.statistics import bootstrap_interval, mean_and_std, wilcoxon_test
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from lvlmva_core.lvlm.records import VerdictRow
 
 
@@ -35,8 +36,8 @@ Runs = dict[str, dict[str, dict[str, float]]]  # method -> seed -> "split.metric
 
 
 def measure(
-    outputs: Mapping[str, Outputs], samples: pd.DataFrame, masks: np.ndarray | None
-) -> tuple[Runs, pd.DataFrame]:
+    outputs: Mapping[str, Outputs], samples: "pd.DataFrame", masks: np.ndarray | None
+) -> "tuple[Runs, pd.DataFrame]":
     """Take every metric of every model.
 
     Args:
@@ -50,6 +51,8 @@ def measure(
     Raises:
         InputError: a method was measured on other samples than the table has.
     """
+    import pandas as pd
+
     rows = samples[samples["split"].str.startswith("test")]
     shares = samples.loc[samples["split"] == "train", "group"].value_counts(normalize=True)
     known = groups_known(samples)
@@ -105,7 +108,7 @@ class Pairs:
         return np.stack([contrast(logits[places], self.classes) for places in (self.shown, self.without)], axis=1)
 
 
-def shortcut_pairs(samples: pd.DataFrame) -> Pairs | None:
+def shortcut_pairs(samples: "pd.DataFrame") -> Pairs | None:
     """Which test pictures are there with and without the spurious feature; None where none are.
 
     Either `test` has its `test_twins`, and the feature speaks for the class that has the largest share of it in
@@ -148,7 +151,7 @@ def reliance_intervals(outputs: Mapping[str, Outputs], seed: int = 0) -> dict[st
     return intervals
 
 
-def intervals_of(found: Outputs, place: int, samples: pd.DataFrame, seed: int = 0) -> dict[str, tuple[float, ...]]:
+def intervals_of(found: Outputs, place: int, samples: "pd.DataFrame", seed: int = 0) -> dict[str, tuple[float, ...]]:
     """One model's accuracy, AGA, WGA and reliance on the split `test`: metric -> (value, low, high), the 95 % bootstrap
     interval over pictures. AGA and WGA only where some pictures have the spurious feature and some do not.
 
@@ -178,7 +181,7 @@ def _group_means(rows: np.ndarray) -> np.ndarray:
     return sums[counts > 0] / counts[counts > 0]
 
 
-def _places(rows: pd.DataFrame) -> dict[str, np.ndarray]:
+def _places(rows: "pd.DataFrame") -> dict[str, np.ndarray]:
     split = rows["split"].to_numpy()
     return {name: np.flatnonzero(split == name) for name in sorted(set(split))}
 
@@ -235,7 +238,7 @@ def tests(values: Runs) -> dict[str, Any]:
     return found
 
 
-def pictures_counted(outputs: Mapping[str, Outputs], samples: pd.DataFrame) -> dict[str, int]:
+def pictures_counted(outputs: Mapping[str, Outputs], samples: "pd.DataFrame") -> dict[str, int]:
     """Metric -> on how many test pictures it is taken, where these are not all of the split `test`."""
     pairs = shortcut_pairs(samples)
     return {"mu_align": len(outputs[BASE].map_ids), "reliance_true": 0 if pairs is None else len(pairs.classes)}
@@ -276,8 +279,10 @@ def entropy_summary(entropies: np.ndarray, spurious: np.ndarray, label: np.ndarr
     return {"auroc": entropy_auroc(entropies, spurious), "auroc_per_class": per_class}
 
 
-def flat(values: Runs) -> pd.DataFrame:
+def flat(values: Runs) -> "pd.DataFrame":
     """One row a model: method, seed, and a column for each "split.metric"."""
+    import pandas as pd
+
     return pd.DataFrame(
         [{"method": m, "seed": s, **of_model} for m, by_seed in values.items() for s, of_model in by_seed.items()]
     )

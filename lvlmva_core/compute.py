@@ -6,16 +6,18 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
 
 from lvlmva_core.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as glibc's malloc.h has them
 
 
-def set_up_compute(device: str, threads: int) -> torch.device:
+def set_up_compute(device: str, threads: int) -> "torch.device":
     """Fix the CPU threads, flush denormals (they slow a high-λ step tenfold), keep freed memory, return the device.
 
     Args:
@@ -25,6 +27,8 @@ def set_up_compute(device: str, threads: int) -> torch.device:
         InputError: a CUDA device is asked for where there is none.
         ValueError: another device.
     """
+    import torch  # here as below, so that a stage that has nothing to compute starts without it
+
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise ValueError(f"device '{device}': expected cpu, cuda or cuda:<n>")
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -50,16 +54,18 @@ def _keep_freed_memory() -> None:
 
 
 @contextmanager
-def own_draws(device: torch.device, seed: int, epoch: int, process: int = 0) -> Iterator[None]:
+def own_draws(device: "torch.device", seed: int, epoch: int, process: int = 0) -> Iterator[None]:
     """Layers that draw random numbers (dropout) take them from (seed, epoch), and each of several processes from its
     number; the global generators are restored."""
+    import torch
+
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed * 1_000_003 + epoch + (process << 52))
         yield
 
 
 @contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: "nn.Module") -> Iterator[None]:
     """Eval mode for as long as the context lasts; each module's own mode is restored after."""
     # flags are set one by one: a module's own train() may do more than set a flag
     modes = [(module, module.training) for module in model.modules()]
@@ -78,6 +84,8 @@ def attention_as_its_parts() -> Iterator[None]:
 
     torch's fused kernels have neither, nor has the fast path of `MultiheadAttention` and `TransformerEncoderLayer`.
     """
+    import torch
+
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

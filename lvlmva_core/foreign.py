@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lvlmva_core.checkpoints import is_users
 from lvlmva_core.errors import InputError
 from lvlmva_core.models import (
     ModelSpec,
     build_network,
-    is_users,
     last_linear_place,
     load_checkpoint,
     normalised,

@@ -2,16 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import pandas as pd
 from numpy.typing import ArrayLike
 
 from lvlmva_core.independence import typical_size
 
+if TYPE_CHECKING:
+    import pandas as pd
 
-def group_accuracies(predictions: ArrayLike, labels: ArrayLike, spurious: ArrayLike) -> pd.DataFrame:
+
+def group_accuracies(predictions: ArrayLike, labels: ArrayLike, spurious: ArrayLike) -> "pd.DataFrame":
     """Accuracy of each group, a group being a class with or without the spurious feature (LVLM-VA §5).
 
     AGA is the plain mean of `accuracy` over the rows, WGA the minimum.
@@ -188,7 +190,9 @@ def entropy_auroc(entropies: ArrayLike, spurious: ArrayLike) -> float | None:
     return float(roc_auc_score(has, -np.asarray(entropies))) if 0 < has.sum() < has.size else None
 
 
-def _columns(**columns: ArrayLike) -> pd.DataFrame:
+def _columns(**columns: ArrayLike) -> "pd.DataFrame":
+    import pandas as pd
+
     arrays = {name: np.asarray(values) for name, values in columns.items()}
     lengths = {array.shape for array in arrays.values()}
     if len(lengths) != 1 or next(iter(lengths)) == (0,):
@@ -211,7 +215,7 @@ class Measured:
     labels: np.ndarray
     spurious: np.ndarray | None
     groups: np.ndarray
-    training_shares: pd.Series
+    training_shares: "pd.Series"
     maps: np.ndarray | None
     masks: np.ndarray | None
     exchanged: np.ndarray | None = None
@@ -272,6 +276,8 @@ def wga(of: Measured) -> float | None:
 @metric()
 def accuracy_weighted_by_training_groups(of: Measured) -> float | None:
     """Mean of the groups' accuracies, each weighted by the group's share of the training split."""
+    import pandas as pd
+
     if of.spurious is None:
         return None
     by_group = pd.Series(of.predictions == of.labels).groupby(of.groups).mean()

@@ -6,57 +6,18 @@ import json
 import math
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lvlmva_core import efficientnet_lite
+from lvlmva_core.checkpoints import FORMAT, REMEDY, digest_of_weights, is_users, open_checkpoint
+from lvlmva_core.checkpoints import ModelSpec as ModelSpec  # others import it from here
 from lvlmva_core.errors import InputError
 from lvlmva_core.train_settings import NORMALISATIONS
-
-FORMAT = 1
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """What a checkpoint must know to build its model: name, input (channels, height, width), classes, hidden units.
-
-    `hidden` is the width of the MLP's hidden layer and of small_resnet's first stage; torchvision's models have theirs.
-
-    Of models that were brought along (`lvlmva_core.foreign`): mean and std of pixels in [0, 1] for each channel of the
-    network, None = the architecture's own; bgr: whether the channels are turned round before; net_channels: of the
-    network's input, None = the architecture's own; logits: that the network itself has, None = n_classes; head:
-    "own", "split": one logit z became (-z/2, z/2) in the last layer, "appended": a linear layer behind the network does
-    so, or reorders the classes; code: sha256 of the user's files that build the network.
-    """
-
-    name: str
-    channels: int
-    height: int
-    width: int
-    n_classes: int
-    hidden: int
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    bgr: bool = False
-    net_channels: int | None = None
-    logits: int | None = None
-    head: Literal["own", "split", "appended"] = "own"
-    code: str | None = None
-
-    def facts(self) -> dict[str, Any]:
-        """The fields as JSON has them, without those that are as for every model of ours."""
-        return {each.name: value for each in fields(self) if (value := asdict(self)[each.name]) != each.default}
-
-    @classmethod
-    def from_facts(cls, facts: Mapping[str, Any]) -> "ModelSpec":
-        """Inverse of `facts`. Raises TypeError where a field is unknown or missing."""
-        given: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in facts.items()}
-        return cls(**given)
 
 
 def build_model(spec: ModelSpec, seed: int, own_model: str | None = None) -> nn.Module:
@@ -106,11 +67,6 @@ def with_head(model: nn.Module, spec: ModelSpec) -> nn.Module:
     elif spec.head == "appended":
         return Headed(model, nn.Linear(spec.logits or spec.n_classes, spec.n_classes))
     return model
-
-
-def is_users(name: str) -> bool:
-    """Whether a model's name is "package.module:function" of a file of the user's."""
-    return ":" in name and not name.startswith(("torchvision:", "timm:"))
 
 
 def users_file(name: str, root: Path) -> Path | None:
@@ -235,43 +191,25 @@ def load_checkpoint(path: Path, device: torch.device, own_model: str | None = No
     Raises:
         InputError: the file is missing, damaged, or not one of ours, or names code that the user has not named.
     """
-    from safetensors import SafetensorError, safe_open
-
-    remedy = "restore it with `dvc checkout`, or delete it and run `dvc repro`"
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = json.loads((file.metadata() or {}).get("lvlmva", "{}"))
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such checkpoint; {remedy}") from error
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path}: damaged checkpoint ({error}); {remedy}") from error
-    if metadata.get("format") != FORMAT:
-        raise InputError(f"{path}: not a checkpoint of format {FORMAT} of this software; {remedy}")
-    try:
-        spec = ModelSpec.from_facts(metadata["spec"])
-    except (TypeError, KeyError) as error:
-        raise InputError(
-            f"{path}: written by another version of this software ({_one_line(error)}); {remedy}"
-        ) from error
+    with open_checkpoint(path, "pt") as (spec, file):
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     model = build_model(spec, 0, own_model)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:  # names or shapes that do not fit
-        raise InputError(f"{path}: the weights do not fit model '{spec.name}' ({error}); {remedy}") from error
+        raise InputError(f"{path}: the weights do not fit model '{spec.name}' ({error}); {REMEDY}") from error
     if not all(bool(torch.isfinite(tensor).all()) for tensor in weights.values() if tensor.is_floating_point()):
-        raise InputError(f"{path}: weights that are not finite; {remedy}, or lower the learning rate or λ")
+        raise InputError(f"{path}: weights that are not finite; {REMEDY}, or lower the learning rate or λ")
     return model.to(device).eval(), spec
 
 
 def weights_digest(model: nn.Module) -> str:
     """sha256 (hex) over the names, types, shapes and bytes of a model's parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        array = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {array.dtype} {tuple(array.shape)}\n".encode())
-        digest.update(array.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    arrays = ((name, tensor.detach().cpu().contiguous()) for name, tensor in sorted(model.state_dict().items()))
+    return digest_of_weights(
+        (name, str(array.dtype), array.shape, array.flatten().view(torch.uint8).numpy().tobytes())
+        for name, array in arrays
+    )
 
 
 def predict_logits(model: nn.Module, images: Tensor, batch_size: int = 500) -> Tensor:

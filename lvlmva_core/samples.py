@@ -5,17 +5,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from lvlmva_core.arrays import has_array, read_array, read_attrs, read_table
 from lvlmva_core.errors import InputError
 
 if TYPE_CHECKING:
+    import pandas as pd
     from torch import Tensor
 
 # a split: the pictures of `test`, each with the spurious feature if it was without, and the other way round
 TWINS = "test_twins"
 COLUMNS = ["id", "split", "label", "spurious", "group", "source", "sha256"]
+
+
+def _no_table() -> "pd.DataFrame":
+    import pandas as pd  # here, so that a stage that reads no table starts without it
+
+    return pd.DataFrame()
 
 
 @dataclass(frozen=True)
@@ -28,10 +34,10 @@ class Split:
 
     images: "Tensor"
     labels: "Tensor"
-    table: pd.DataFrame = field(default_factory=pd.DataFrame)
+    table: "pd.DataFrame" = field(default_factory=_no_table)
 
 
-def read_samples(path: Path) -> pd.DataFrame:
+def read_samples(path: Path) -> "pd.DataFrame":
     """Read samples.parquet: one row a sample, sorted by id, in the row order of images.zarr.
 
     Columns: `id` (str, unique), `split` (str), `label` (int64, 0..K-1), `spurious` (bool: the spurious feature is in
@@ -48,12 +54,12 @@ def read_samples(path: Path) -> pd.DataFrame:
     return samples
 
 
-def groups_known(samples: pd.DataFrame) -> bool:
+def groups_known(samples: "pd.DataFrame") -> bool:
     """Whether the table says of every sample if the spurious feature is in the picture."""
     return bool(samples["spurious"].notna().all())
 
 
-def rows_of_split(samples: pd.DataFrame, split: str) -> np.ndarray:
+def rows_of_split(samples: "pd.DataFrame", split: str) -> np.ndarray:
     """Row numbers (int64, rising) of a split. Raises InputError where the data set has no such split."""
     rows = np.flatnonzero(samples["split"].to_numpy() == split)
     if not len(rows):
@@ -62,7 +68,7 @@ def rows_of_split(samples: pd.DataFrame, split: str) -> np.ndarray:
     return rows
 
 
-def rows_of_ids(samples: pd.DataFrame, ids: list[str]) -> np.ndarray:
+def rows_of_ids(samples: "pd.DataFrame", ids: list[str]) -> np.ndarray:
     """Row numbers (int64) of sample ids, in their order. Raises InputError naming the first id that is not there."""
     ordered = samples["id"].to_numpy(dtype=str)
     wanted = np.asarray(ids, dtype=str)
@@ -96,7 +102,7 @@ def read_penalised(path: Path) -> tuple[list[str], np.ndarray]:
     return list(attrs["ids"]), read_array(path, "weights" if attrs.get("weights") else "masks")
 
 
-def read_known_masks(path: Path, samples: pd.DataFrame, ids: list[str]) -> tuple[list[str], np.ndarray]:
+def read_known_masks(path: Path, samples: "pd.DataFrame", ids: list[str]) -> tuple[list[str], np.ndarray]:
     """Those of `ids` whose true mask is known, and these masks, bool (n, H, W). Raises InputError where none is."""
     masks, known = read_spurious_masks(path, rows_of_ids(samples, ids))
     if not known.any():

@@ -1,5 +1,6 @@
 """Segmentations of an alignment set: what each is kept under, how they are computed, and counted."""
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -27,13 +28,13 @@ def rows_to_segment(
     ids: Sequence[str],
     read_maps: Callable[[Sequence[int]], np.ndarray],
     read_pictures: Callable[[Sequence[int]], np.ndarray],
-    device: "torch.device",
+    device: "Callable[[], torch.device]",
 ) -> Rows:
     """The segmentation of each sample's map: under a digest of all that changes it, the arrays of `Segmenter.segment`.
 
     Args:
         ids: of N samples. read_maps, read_pictures: places (0..N-1) -> float32 (n, H, W), uint8 (n, C, H, W); pictures
-            are read only where the segmenter looks at them.
+            are read only where the segmenter looks at them. device: asked for only where something is to be computed.
     """
     common = {
         "method": segmenter.method,
@@ -54,24 +55,27 @@ def rows_to_segment(
 
     def compute(places: Sequence[int]) -> list[Record]:
         maps, pictures = read(places)
-        found = segmenter.segment(maps, pictures, [ids[place] for place in places], device)
+        found = segmenter.segment(maps, pictures, [ids[place] for place in places], device())
         return [{name: np.asarray(array[n]) for name, array in found.items()} for n in range(len(places))]
 
     return Rows(KIND, ids, CHUNK, keys_of, compute)
 
 
 def rows_of_maps(
-    segmenter: Segmenter, *, attributions: Path, images: Path, samples: Path, device: "torch.device"
+    segmenter: Segmenter, *, attributions: Path, images: Path, samples: Path, device: "Callable[[], torch.device]"
 ) -> Rows:
     """`rows_to_segment` of an output of the stage attribute, from files of which no more is read than is asked for."""
     ids = list(read_attrs(attributions)["ids"])
-    in_images = rows_of_ids(read_samples(samples), ids)
+
+    @functools.cache
+    def in_images() -> np.ndarray:
+        return rows_of_ids(read_samples(samples), ids)
 
     def read_maps(places: Sequence[int]) -> np.ndarray:
         return read_array(attributions, "attributions", np.asarray(places))
 
     def read_pictures(places: Sequence[int]) -> np.ndarray:
-        return read_images(images, in_images[np.asarray(places)])
+        return read_images(images, in_images()[np.asarray(places)])
 
     return rows_to_segment(segmenter, ids, read_maps, read_pictures, device)
 

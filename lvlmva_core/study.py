@@ -6,10 +6,9 @@ bases, seeds within them and test pictures (`lvlmva_core.statistics.hierarchical
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from lvlmva_core.comparison import Runs, shortcut_pairs
 from lvlmva_core.errors import InputError
@@ -17,6 +16,10 @@ from lvlmva_core.methods import METHODS, in_order
 from lvlmva_core.outputs import BASE, SUBJECT, Outputs
 from lvlmva_core.samples import groups_known
 from lvlmva_core.statistics import hierarchical_bootstrap, holm, two_sided_p
+
+if TYPE_CHECKING:
+    import pandas as pd
+
 
 # column of the rows -> metric; `reliance` is the reliance on the feature itself, the primary measure
 COLUMNS = {
@@ -57,12 +60,14 @@ RRR_LAMBDA = "rrr_lambda"  # a further column where methods ran with several λ;
 Models = Mapping[str, Mapping[str, Outputs]]  # base -> method -> outputs
 
 
-def rows_of(values: Mapping[str, Runs]) -> pd.DataFrame:
+def rows_of(values: Mapping[str, Runs]) -> "pd.DataFrame":
     """One row a model: method, base, seed ("" of a base itself), and COLUMNS that are known.
 
     Args:
         values: base -> what `lvlmva_core.comparison.measure` took of its methods.
     """
+    import pandas as pd
+
     rows = [
         {
             "method": method,
@@ -86,7 +91,7 @@ def _in_number_order(value: Any) -> Any:
     return int(value or -1) if isinstance(value, str) else value
 
 
-def compared(models: Models, samples: pd.DataFrame, *, draws: int = 2000, seed: int = 0) -> pd.DataFrame:
+def compared(models: Models, samples: "pd.DataFrame", *, draws: int = 2000, seed: int = 0) -> "pd.DataFrame":
     """Each method of CONTROLS against base, λ = 0 and its best control, by each of MEASURES that the data allow.
     Families of their own: the paper's correction against the methods of the literature that are there, and each method
     against BOUND if it is.
@@ -99,6 +104,8 @@ def compared(models: Models, samples: pd.DataFrame, *, draws: int = 2000, seed: 
         Columns COMPARED: value, value_against: means over models; difference with low, high (95 %); p, two-sided;
         p_holm, within the comparisons of one family by one measure. Reliances are absolute values.
     """
+    import pandas as pd
+
     measures = measures_of(samples)
     table = []
     for subject, controls in CONTROLS.items():
@@ -131,7 +138,7 @@ def compared(models: Models, samples: pd.DataFrame, *, draws: int = 2000, seed: 
     return pd.DataFrame(table, columns=COMPARED)
 
 
-def compared_over(by_lambda: Mapping[str, Models], samples: pd.DataFrame, *, draws: int = 2000) -> pd.DataFrame:
+def compared_over(by_lambda: Mapping[str, Models], samples: "pd.DataFrame", *, draws: int = 2000) -> "pd.DataFrame":
     """`compared` at each of several λ, a family being all of them: every further λ that is tried costs its share.
 
     Args:
@@ -140,6 +147,8 @@ def compared_over(by_lambda: Mapping[str, Models], samples: pd.DataFrame, *, dra
     Returns:
         Columns COMPARED with RRR_LAMBDA after "method". A method without λ is not compared with BOUND, which has one.
     """
+    import pandas as pd
+
     found = []
     for place, (rrr_lambda, models) in enumerate(by_lambda.items()):
         table = compared(models, samples, draws=draws)
@@ -166,7 +175,7 @@ def complete_bases(models: Models, wanted: Sequence[str]) -> Models:
 Taken = Callable[[Outputs, int], np.ndarray]  # outputs, place of the seed -> (pictures, columns)
 
 
-def measures_of(samples: pd.DataFrame) -> dict[str, tuple[Taken, Callable[[np.ndarray], float]]]:
+def measures_of(samples: "pd.DataFrame") -> dict[str, tuple[Taken, Callable[[np.ndarray], float]]]:
     """Those of MEASURES that the data allow -> what it takes of a model, and how it comes from (bases, seeds, pictures,
     columns). Reliance needs test pictures with and without the spurious feature, WGA that it is known which have it.
     """
@@ -262,12 +271,12 @@ def label_of(method: str, rrr_lambda: str = "") -> str:
     return f"{label}, λ = {rrr_lambda}" if rrr_lambda else label
 
 
-def read_compared(path: Path) -> pd.DataFrame:
+def read_compared(path: Path) -> "pd.DataFrame":
     """The comparisons of a study. Raises InputError where there is no such file, or a column is missing."""
     return _read(path, COMPARED)
 
 
-def conclusions(comparisons: pd.DataFrame, primary: str) -> list[str]:
+def conclusions(comparisons: "pd.DataFrame", primary: str) -> list[str]:
     """What the comparisons by one measure say, a sentence each: better, worse, or not better (LEVEL, after Holm)."""
     return [_conclusion(row) for row in comparisons[comparisons["measure"] == primary].to_dict("records")]
 
@@ -282,7 +291,7 @@ def _conclusion(row: Mapping[Hashable, Any]) -> str:
     )
 
 
-def _by_method(found: pd.DataFrame) -> Iterator[tuple[tuple[str, str], pd.DataFrame]]:
+def _by_method(found: "pd.DataFrame") -> "Iterator[tuple[tuple[str, str], pd.DataFrame]]":
     """The rows of each method and λ, in order."""
     for method in in_order(found["method"].unique()):
         own = found[found["method"] == method]
@@ -303,7 +312,9 @@ def _comparison(row: Mapping[Hashable, Any]) -> list[str]:
     ]
 
 
-def _read(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+def _read(path: Path, columns: Sequence[str]) -> "pd.DataFrame":
+    import pandas as pd
+
     try:
         found = pd.read_csv(path, dtype={"base": str, "seed": str, RRR_LAMBDA: str}, keep_default_na=True)
     except (OSError, ValueError) as error:

@@ -1,11 +1,11 @@
 """Stage attribute: explanation maps of the alignment samples."""
 
+from functools import partial
 from pathlib import Path
 
 from lvlmva.entry import run
 from lvlmva.kept import kept_or_computed
 from lvlmva.params import load_params
-from lvlmva.work import fill
 from lvlmva_core import attribution_maps as maps
 from lvlmva_core.arrays import ArrayWriter, write_json
 from lvlmva_core.compute import set_up_compute
@@ -24,7 +24,6 @@ def attribute(
     """Explain the ground-truth logit of every alignment sample. shard: "i/n", only puts that part into the store."""
     loaded = load_params(params)
     method = loaded.attribute
-    device = set_up_compute(loaded.compute.device, loaded.compute.threads)
     found = maps.rows_of_alignment_set(
         method,
         images=images,
@@ -32,9 +31,11 @@ def attribute(
         alignment_set=alignment_set,
         base=base,
         own_model=loaded.train.model,
-        device=device,
+        device=partial(set_up_compute, loaded.compute.device, loaded.compute.threads),
     )
     if shard is not None:
+        from lvlmva.work import fill  # here, since it brings all that asks models
+
         fill(found.rows, attributions, records_in=maps.records_in, stage="attribute", share=shard)
         return
     keys, records = kept_or_computed(found.rows, attributions, records_in=maps.records_in, stage="attribute")

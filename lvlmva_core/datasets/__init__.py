@@ -1,21 +1,23 @@
 """Data sets: each a module that holds its settings and what they build, entered in `lvlmva_core.datasets.registry`.
 
-All give the same prepared arrays and table. At its top a module imports no more than numpy, pandas and pydantic, since
-every stage reads params.yaml.
+All give the same prepared arrays and table. At its top a module imports no more than numpy and pydantic, since every
+stage reads params.yaml; pandas, too, is imported where it is used.
 """
 
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import ArrayLike
 
 from lvlmva_core.arrays import write_arrays, write_table
 from lvlmva_core.errors import InputError
 from lvlmva_core.samples import COLUMNS
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Dataset:
     class_names: list[str]
     spurious_feature: str
     images: np.ndarray
-    samples: pd.DataFrame
+    samples: "pd.DataFrame"
     spurious_masks: np.ndarray
     known: np.ndarray
     object_masks: np.ndarray | None = None
@@ -92,12 +94,14 @@ def sample_table(
     spurious: np.ndarray | None,
     source: ArrayLike,
     digests: ArrayLike,
-) -> pd.DataFrame:
+) -> "pd.DataFrame":
     """The table that `lvlmva_core.samples.read_samples` describes; N samples by rising id.
 
     spurious: None where groups are not known; then the column is null, and a sample's group is its class.
     digests: sha256 of each sample's prepared pixels.
     """
+    import pandas as pd
+
     classes = [class_names[k] for k in label]
     table = pd.DataFrame(
         {

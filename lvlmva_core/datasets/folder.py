@@ -10,10 +10,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import numpy as np
-import pandas as pd
 from pydantic import AfterValidator, Field, model_validator
 
 from lvlmva_core.arrays import SHARD_ROWS, ArrayWriter, write_table
@@ -36,6 +35,10 @@ from lvlmva_core.datasets.tables import (
 from lvlmva_core.errors import InputError
 from lvlmva_core.progress import track
 from lvlmva_core.settings import Settings, Share
+
+if TYPE_CHECKING:
+    import pandas as pd
+
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -300,7 +303,7 @@ class _Plan:
 @dataclass(frozen=True)
 class _Finished:
     class_names: list[str]
-    samples: pd.DataFrame
+    samples: "pd.DataFrame"
     left_out: Mapping[str, str]
 
 
@@ -368,6 +371,8 @@ def _refuse(bad: Mapping[str, str], total: int, root: str) -> None:
 
 
 def _never_in_two_splits(split: np.ndarray, patients: list[str | None], listed: Listed) -> None:
+    import pandas as pd
+
     split = _with_tests_as_one(split)
     frame = pd.DataFrame({"patient": patients, "split": split}).dropna()
     several = frame.groupby("patient")["split"].nunique()
@@ -432,6 +437,8 @@ def _notes(
     largest: float,
     sixteen_bit: Any,
 ) -> list[str]:
+    import pandas as pd
+
     counts = ", ".join(f"{name} {int((split == name).sum())}" for name in dict.fromkeys([*NEEDED, *sorted(set(split))]))
     notes = [f"{len(split)} pictures: {counts}{' (drawn: ' + ', '.join(drawn) + ')' if drawn else ''}"]
     if bad:

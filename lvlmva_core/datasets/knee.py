@@ -4,10 +4,9 @@ import hashlib
 import re
 import zlib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
-import pandas as pd
 from pydantic import Field
 
 from lvlmva_core.datasets import Dataset, assemble
@@ -17,6 +16,10 @@ from lvlmva_core.datasets.settings import PrepareSettings
 from lvlmva_core.errors import InputError
 from lvlmva_core.samples import TWINS
 from lvlmva_core.settings import Count, Settings, Share
+
+if TYPE_CHECKING:
+    import pandas as pd
+
 
 CLASSES = ["healthy", "arthritic"]
 GRADES = {"0": 0, "3": 1}  # Kellgren-Lawrence grade -> label
@@ -184,7 +187,7 @@ def _draw_marker(letter: str, size: int, rng: np.random.Generator) -> np.ndarray
     return opacity[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
-def _listed(folder: Path) -> pd.DataFrame:
+def _listed(folder: Path) -> "pd.DataFrame":
     """What there is, sorted by path: split, kl_grade, file, patient, side, path, and `inverted` where it is known."""
     if (folder / "manifest.csv").exists():
         table = read_csv(
@@ -219,7 +222,9 @@ def _listed(folder: Path) -> pd.DataFrame:
     return table
 
 
-def _scanned(folder: Path) -> pd.DataFrame:
+def _scanned(folder: Path) -> "pd.DataFrame":
+    import pandas as pd
+
     rows = []
     for split in SPLITS:
         for grade in GRADES:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import pandas as pd
 
 from lvlmva_core.datasets.decode import BadFileError, Decoding, Picture, resized
 from lvlmva_core.datasets.tables import Listed
@@ -32,6 +31,8 @@ def listed_npz(path: Path) -> ListedNpz:
     Raises:
         InputError: a part is missing, holds Python objects, or is not what MedMNIST's 2D sets with one label are.
     """
+    import pandas as pd
+
     rows: list[tuple[str, str, str]] = []
     colour = False
     with _opened(path) as archive:

@@ -8,11 +8,11 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from lvlmva_core.errors import InputError
 
 if TYPE_CHECKING:
+    import pandas as pd
     from PIL import Image
 
 MAX_PIXELS = 100_000_000  # of one picture, before it is decoded
@@ -61,12 +61,14 @@ def inside(folder: Path, name: str) -> Path:
     return folder.joinpath(*pure.parts)
 
 
-def read_csv(path: Path, columns: list[str]) -> pd.DataFrame:
+def read_csv(path: Path, columns: list[str]) -> "pd.DataFrame":
     """Read a CSV table as text and check that it has `columns` and no empty value in them.
 
     Raises:
         InputError: it has not; the message names the file and the columns.
     """
+    import pandas as pd
+
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
     except (OSError, ValueError) as error:

@@ -6,11 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from lvlmva_core.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
 
 USUAL: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -42,7 +46,7 @@ class Listed:
     are sorted as text, as torchvision sorts folders: 10 before 2.
     """
 
-    table: pd.DataFrame
+    table: "pd.DataFrame"
     where: list[str]
     notes: list[str] = field(default_factory=list)
     by_text: bool = False
@@ -61,6 +65,8 @@ def read_listed(path: Path, columns: Mapping[str, str | bool | None]) -> Listed:
     Raises:
         InputError: it cannot be read, a column is missing or might be several, or a cell is empty that must not be.
     """
+    import pandas as pd
+
     raw, lines, notes = _rows(path)
     names: dict[str, str] = {}
     for role, usual in USUAL.items():
@@ -86,7 +92,7 @@ def read_listed(path: Path, columns: Mapping[str, str | bool | None]) -> Listed:
     return Listed(table, where, notes)
 
 
-def read_cells(path: Path) -> pd.DataFrame:
+def read_cells(path: Path) -> "pd.DataFrame":
     """All cells of a table as text, under their header. Raises InputError where it cannot be read."""
     return _rows(path)[0]
 
@@ -97,6 +103,8 @@ def listed_tree(root: Path) -> Listed:
     Raises:
         InputError: there are no class folders, one of them is empty, or pictures lie beside them.
     """
+    import pandas as pd
+
     folders = _subfolders(root)
     splits = {folder: SPLIT_WORDS.get(folder.name.casefold()) for folder in folders}
     if folders and all(splits.values()):
@@ -134,7 +142,7 @@ def listed_tree(root: Path) -> Listed:
     return Listed(table.drop(columns="split") if "" in of_split else table, where, [note], by_text=True)
 
 
-def files_below(root: Path, listed: Listed, pattern: str | None) -> pd.Series:
+def files_below(root: Path, listed: Listed, pattern: str | None) -> "pd.Series":
     """Path of each row's picture relative to `root`, with /.
 
     Args:
@@ -143,6 +151,8 @@ def files_below(root: Path, listed: Listed, pattern: str | None) -> pd.Series:
     Raises:
         InputError: a path leaves the folder, or two rows name the same file.
     """
+    import pandas as pd
+
     files = pd.Series([_below(root, value, pattern, where) for value, where in _pairs(listed, "file")], dtype=str)
     doubled = files[files.duplicated(keep=False)]
     if len(doubled):
@@ -261,8 +271,10 @@ def _label(value: str) -> str:
     return number if dot and not zeros.strip("0") and number.lstrip("-").isdecimal() else value
 
 
-def _rows(path: Path) -> tuple[pd.DataFrame, list[int], list[str]]:
+def _rows(path: Path) -> "tuple[pd.DataFrame, list[int], list[str]]":
     """Cells as text without blanks around them, the line of each row as an editor counts, and notes."""
+    import pandas as pd
+
     suffix = path.suffix.lower()
     if suffix in (".xls", ".xlsx", ".ods"):
         raise InputError(f"{path}: a spreadsheet; save it as CSV and name that in prepare.table")
@@ -285,6 +297,8 @@ def _rows(path: Path) -> tuple[pd.DataFrame, list[int], list[str]]:
 
 
 def _text(value: object) -> str:
+    import pandas as pd
+
     missing = value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value))
     return "" if missing else str(value).strip()
 
@@ -308,7 +322,9 @@ def _decoded(path: Path, notes: list[str]) -> str:
         return content.decode("cp1252", errors="replace")
 
 
-def _csv(path: Path, text: str) -> tuple[pd.DataFrame, list[int]]:
+def _csv(path: Path, text: str) -> "tuple[pd.DataFrame, list[int]]":
+    import pandas as pd
+
     lines = text.lstrip().splitlines()
     first = lines[0]
     separator = ""

@@ -37,7 +37,7 @@ LAYERS = [
         "questionnaire",
     ],
     ["datasets"],
-    ["adam", "models", "efficientnet_lite", "foreign", "splits", "data_parallel", "training", "resume"],
+    ["adam", "checkpoints", "models", "efficientnet_lite", "foreign", "splits", "data_parallel", "training", "resume"],
     ["ranking", "exchange", "counterexamples", "concepts", "found_text"],
     ["attribution", "attribution_methods", "attribution_maps"],
     ["segmentation", "segmenters", "segmentations", "render"],
