@@ -1,4 +1,4 @@
-"""PPEPS-WGM against pomegranate and a plain EM loop: seconds a map and log-likelihood, in one run.
+"""PPEPS-WGM against pomegranate and a plain EM loop: seconds a map and log-likelihood, on maps of many kinds.
 
     python -m benchmarks.segmentation [--attributions data/attributions.zarr] [--out benchmarks/segmentation.md]
 
@@ -14,8 +14,9 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -24,10 +25,12 @@ from torch import Tensor
 from benchmarks.machine import cpu_model
 from lvlmva_core.arrays import read_array
 from lvlmva_core.compute import set_up_compute
-from lvlmva_core.segmentation import em, fit_weighted_gmm
+from lvlmva_core.segmentation import em, fit_chosen_gmm, fit_weighted_gmm
+from lvlmva_core.segmentation.choice import Criterion
 from lvlmva_core.segmentation.mixture import CELLS_PER_COMPONENT, COARSEST
 
 J, SIDE = 7, 224
+CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
 
 
 def attribution_like(n: int, seed: int = 0) -> Tensor:
@@ -50,14 +53,99 @@ def attribution_like(n: int, seed: int = 0) -> Tensor:
     return maps
 
 
+def random_fields(n: int, exponent: float, generator: torch.Generator) -> Tensor:
+    """Gaussian fields of variance 1 whose power falls with frequency to the -exponent: (n, 224, 224) float32."""
+    frequency = torch.hypot(torch.fft.fftfreq(SIDE)[:, None], torch.fft.rfftfreq(SIDE)[None])
+    amplitude = frequency.clamp(min=1 / SIDE) ** (-exponent / 2)
+    amplitude[0, 0] = 0
+    noise = torch.randn(n, SIDE, SIDE, generator=generator)
+    fields = torch.fft.irfft2(torch.fft.rfft2(noise) * amplitude, s=(SIDE, SIDE))
+    unit: Tensor = fields / fields.std((1, 2), keepdim=True)
+    return unit
+
+
+def sparse(n: int, generator: torch.Generator) -> Tensor:
+    """About one pixel in a hundred, on contour lines."""
+    lines = (random_fields(n, 3.0, generator).abs() < 0.06) & (random_fields(n, 2.0, generator) > 0.3)
+    noise = torch.randn(n, SIDE, SIDE, generator=generator) * torch.randn(n, SIDE, SIDE, generator=generator).exp()
+    return torch.where(lines, noise, 0).clamp(min=0)
+
+
+def dense(n: int, generator: torch.Generator) -> Tensor:
+    """Every pixel, log-normal over all scales, from even to peaked."""
+    return (torch.linspace(0.5, 2.0, n)[:, None, None] * random_fields(n, 2.5, generator)).exp()
+
+
+def noisy(n: int, generator: torch.Generator) -> Tensor:
+    """Positive half of white, heavy-tailed noise under a weak envelope."""
+    envelope = (0.5 * random_fields(n, 3.0, generator)).exp()
+    noise = torch.randn(n, SIDE, SIDE, generator=generator)
+    return (envelope * noise * (1.5 * torch.randn(n, SIDE, SIDE, generator=generator)).exp()).clamp(min=0)
+
+
+def smooth(n: int, generator: torch.Generator) -> Tensor:
+    """Positive half of a smooth field, squared."""
+    return random_fields(n, 4.0, generator).clamp(min=0) ** 2
+
+
+def ridges(n: int, generator: torch.Generator) -> Tensor:
+    """Contour lines, from wide apart to near, positive where another field is."""
+    phase = torch.linspace(2, 6, n)[:, None, None] * random_fields(n, 4.0, generator)
+    return (torch.exp(-(((phase % 1) - 0.5) ** 2) / 0.02) * random_fields(n, 2.0, generator)).clamp(min=0)
+
+
+def planted(n: int, generator: torch.Generator, clumps: int, noise: float) -> Tensor:
+    """Fewer Gaussians than regions, each pixel times 1 ± noise."""
+    rows, columns = torch.meshgrid(torch.arange(SIDE).float(), torch.arange(SIDE).float(), indexing="ij")
+    maps = torch.zeros(n, SIDE, SIDE)
+    for k in range(n):
+        for _ in range(clumps):
+            centre = (0.15 + 0.7 * torch.rand(2, generator=generator)) * SIDE
+            width = (0.03 + 0.1 * torch.rand(2, generator=generator)) * SIDE
+            distance = ((rows - centre[0]) / width[0]) ** 2 + ((columns - centre[1]) / width[1]) ** 2
+            maps[k] += (0.3 + 0.7 * torch.rand(1, generator=generator)) * torch.exp(-distance / 2)
+        maps[k] *= 1 + noise * (2 * torch.rand(SIDE, SIDE, generator=generator) - 1)
+    return maps
+
+
+def lines(n: int, generator: torch.Generator) -> Tensor:
+    """One to five straight lines, one pixel wide."""
+    maps, along = torch.zeros(n, SIDE, SIDE), torch.linspace(0, 1, 2 * SIDE)[:, None]
+    for k in range(n):
+        for _ in range(1 + k % 5):
+            begin, end = torch.rand(2, 2, generator=generator) * (SIDE - 1)
+            row, column = (begin * (1 - along) + end * along).round().long().unbind(1)
+            maps[k, row, column] = 0.2 + float(torch.rand(1, generator=generator))
+    return maps
+
+
+def constant(n: int, generator: torch.Generator) -> Tensor:
+    """A rectangle of one value."""
+    maps = torch.zeros(n, SIDE, SIDE)
+    for k in range(n):
+        top, left, height, width = torch.randint(8, SIDE // 2, (4,), generator=generator).tolist()
+        maps[k, top : top + height, left : left + width] = 1
+    return maps
+
+
+Kind = Callable[[int, torch.Generator], Tensor]
+KINDS: dict[str, Kind] = {kind.__name__: kind for kind in (sparse, dense, noisy, smooth, ridges, lines, constant)}
+for _clumps in (1, 2, 3):
+    for _noise in (0.0, 0.5):
+        KINDS[f"{_clumps} planted, noise {_noise}"] = partial(planted, clumps=_clumps, noise=_noise)
+for _side in (8, 28):
+    KINDS[f"noisy, {_side} x {_side}"] = lambda n, generator, side=_side: noisy(n, generator)[:, :side, :side]
+CHOSEN = "2 planted, noise 0.5"
+
+
 def starts_of(maps: Tensor, n_starts: int, seed: int = 0) -> list[tuple[Tensor, Tensor, Tensor]]:
     """The starts that `fit_weighted_gmm` draws, as parameters: (shares, means, covariances) of all maps per start."""
     grid = em.pixel_moments(maps)
-    while max(grid.shape[1:3]) > COARSEST:
+    while max(grid.shape[2:]) > COARSEST:
         grid = em.halve(grid)
-    if bool(((grid[..., 0] > 0).flatten(1).sum(1) < CELLS_PER_COMPONENT * J).any()):
+    if bool(((grid[:, 0] > 0).flatten(1).sum(1) < CELLS_PER_COMPONENT * J).any()):
         raise SystemExit("a map has too little weight to draw all starts on one grid; choose other maps")
-    points = em.as_points(grid, maps.dtype, cells=True, only_weighted=False)
+    points = em.as_points(grid, only_weighted=True)
     uniforms = torch.rand(32, J, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)[:n_starts]
     statistics = em.spread_starts(points, uniforms)
     shares, means, triple = em.parameters(statistics)
@@ -123,6 +211,25 @@ def timed(run: Callable[[], Any]) -> tuple[float, float, Any]:
     return time.perf_counter() - begin, time.process_time() - cpu, result
 
 
+def other_kinds(n: int, device: torch.device) -> list[str]:
+    """A table of n maps of each kind: least CPU time of two runs; and of choosing the number of regions."""
+    table = ["| kind of maps | pixels with weight | CPU milliseconds a map | seconds a map |", "|---|---|---|---|"]
+
+    def row(name: str, maps: Tensor, run: Callable[[], Any]) -> str:
+        runs = [timed(run)[:2] for _ in range(2)]
+        clock, cpu = (min(run[part] for run in runs) / len(maps) for part in (0, 1))
+        return f"| {name} | {float((maps > 0).float().mean()):.2f} | {1e3 * cpu:.0f} | {clock:.3f} |"
+
+    for number, (name, kind) in enumerate(KINDS.items()):
+        maps = kind(n, torch.Generator().manual_seed(2000 + number)).to(device)
+        table.append(row(name, maps, partial(fit_weighted_gmm, maps, J)))
+    few = KINDS[CHOSEN](2, torch.Generator().manual_seed(3000))[:, ::4, ::4].to(device)
+    for criterion in CRITERIA:
+        run = partial(fit_chosen_gmm, few, range(1, J + 1), criterion)
+        table.append(row(f"{CHOSEN}, 56 x 56, 1 to {J} regions by {criterion}", few, run))
+    return [f"{n} maps of each of other kinds (2 where J is chosen), the least of two runs:", "", *table, ""]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--attributions", type=Path, help="an attributions.zarr of 224 x 224; synthetic maps without")
@@ -131,6 +238,7 @@ def main() -> None:
     )
     parser.add_argument("--peer-maps", type=int, default=4, help="maps for the slow peers")
     parser.add_argument("--reference-maps", type=int, default=16, help="maps for the full-resolution reference")
+    parser.add_argument("--kind-maps", type=int, default=32, help="maps of each of the other kinds; 0 for none")
     parser.add_argument(
         "--device", default="cpu", help="where this library's fits run; the peers' run on the processor"
     )
@@ -208,6 +316,7 @@ def main() -> None:
         ),
         "",
     ]
+    lines += other_kinds(options.kind_maps, device) if options.kind_maps else []
     text = "\n".join(lines)
     sys.stdout.write(text + "\n")
     if options.out:

@@ -46,7 +46,7 @@ def fit_chosen_gmm(
     numbers = sorted(set(candidates))
     fits = [fit_weighted_gmm(maps, j, seed=seed, n_starts=n_starts, names=names) for j in numbers]
     if criterion == "bic":
-        shares = em.pixel_moments(maps)[..., 0].flatten(1)
+        shares = em.pixel_weights(maps).flatten(1)
         size = 1 / shares.square().sum(1).clamp(min=torch.finfo(torch.float64).tiny)
         losses = [
             -2 * size * fit.log_likelihood + (PARAMETERS_PER_COMPONENT * j - 1) * size.log()

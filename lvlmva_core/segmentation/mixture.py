@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lvlmva_core.errors import InputError
 from lvlmva_core.regions import NO_REGION
-from lvlmva_core.segmentation import em
+from lvlmva_core.segmentation import em, newton
 
 COARSEST = 14  # cells: grids are halved while their longer side has more
 CELLS_PER_COMPONENT = 8  # starts are compared on the coarsest grid that has this many cells with weight per component
@@ -24,9 +24,10 @@ CONTESTS = (  # grids above the coarsest, starts that remain, EM steps before th
     (1, 1, 120),
 )
 ROUGH = 1e-5  # nats that a step must gain for EM to go on while starts are compared
+GUIDE = 1  # from the grid after this one on, Newton's method takes its corrections from this one: others cost too much
+REST = 0.3  # part of the tolerance that Newton's method may leave to gain on the finest grid
 CHUNKS_PER_THREAD = 2  # at least, where there are maps enough: no thread idles for long
-CPU_PIXELS, DEVICE_PIXELS = 2**18, 2**24  # that a worker takes at once: bounds memory
-CPU_DENSITIES, DEVICE_DENSITIES = 2**18, 2**28  # points x components x mixtures in one operation: fits a core's cache
+CPU_PIXELS, DEVICE_PIXELS = 2**20, 2**22  # that a worker takes at once: bounds memory
 
 
 @dataclass(frozen=True)
@@ -75,14 +76,15 @@ def fit_weighted_gmm(
 
     Args:
         weights: (B, H, W), finite and >= 0; denormal numbers count as 0. float32 or float64 is the precision of the
-            responsibilities; sums over pixels are taken in float64 in either case.
+            result; it is computed in float64 in either case.
         n_components: J, 1 to 254.
         seed: of the starts.
         init: (weights (B, J), means (B, J, 2), covariances (B, J, 2, 2)) as in the result, to run plain EM at full
             resolution from there, without starts of its own.
         n_starts: how many starts are compared.
-        tolerance: EM ends for a map when a step gains less than this, in nats per unit of weight.
-        max_iterations: limit on the EM steps on each grid.
+        tolerance: EM ends for a map when a step gains less than this, in nats per unit of weight. Newton's method,
+            which follows the comparison of starts where it is quick, ends when it expects to gain less than a third.
+        max_iterations: limit on the steps on each grid.
         names: what errors call the maps; "map 0", "map 1", ... by default.
 
     Raises:
@@ -143,13 +145,13 @@ def log_likelihood(mixtures: WeightedGMM, weights: Tensor | np.ndarray) -> Tenso
             f"weights must be {tuple(mixtures.labels.shape)} like the maps fitted, not {tuple(maps.shape)}"
         )
     result = torch.zeros(len(maps), dtype=torch.float64, device=maps.device)
+    features = em.pixel_features(maps.shape[1], maps.shape[2], maps.device)
     for n, state in enumerate(mixtures.status):
         if state == "no_positive_effect":
             continue
         one = mixtures.weights[n, None], mixtures.means[n, None], mixtures.covariances[n, None]
         statistics = _checked_init(one, maps[n, None], mixtures.weights.shape[1])
-        shares = em.pixel_moments(maps[n, None])[0, ..., 0].flatten()
-        result[n] = torch.dot(shares, _densities(statistics, (maps.shape[1], maps.shape[2]))[0])
+        result[n] = torch.dot(em.pixel_weights(maps[n, None]).flatten(), _densities(statistics, features)[0])
     return result
 
 
@@ -215,26 +217,23 @@ def _checked_init(init: tuple[Tensor, Tensor, Tensor], maps: Tensor, n_component
 
 @torch.inference_mode()
 def _fit_chunk(maps: Tensor, start: Tensor | None, settings: _Settings) -> WeightedGMM:
-    moments = em.pixel_moments(maps)
-    n_pixels = (moments[..., 0] > 0).flatten(1).sum(1)
+    n_pixels = (maps > 0).flatten(1).sum(1)
     few = (n_pixels > 0) & (n_pixels < settings.n_components)
     enough = n_pixels >= settings.n_components
     statistics = torch.zeros(len(maps), settings.n_components, 6, dtype=torch.float64, device=maps.device)
-    if bool(few.any()):
-        pixels = em.as_points(moments[few], maps.dtype, cells=False, only_weighted=True).moments
-        statistics[few, : pixels.shape[1]] = pixels
+    for n in few.nonzero()[:, 0].tolist():
+        pixels = em.as_points(em.pixel_moments(maps[n, None]), only_weighted=True).moments[0].mT
+        statistics[n, : len(pixels)] = pixels
     if bool(enough.any()):
+        in_group = 1 if maps.device.type == "cpu" else len(maps)
+        features = em.pixel_features(maps.shape[1], maps.shape[2], maps.device)
+        groups = [em.pixel_moments(group, features) for group in maps[enough].split(in_group)]
         if start is None:
-            statistics[enough] = _from_coarse_to_fine(moments[enough], maps.dtype, settings)
+            statistics[enough] = _from_coarse_to_fine(groups, settings)
         else:
-            fitted, _ = _maximise(
-                moments[enough],
-                start[enough][:, None],
-                maps.dtype,
-                cells=False,
-                steps=settings.max_iterations,
-                tolerance=settings.tolerance,
-                accelerate=False,
+            points = [em.as_points(group, only_weighted=True) for group in groups]
+            fitted, _ = em.maximise(
+                points, start[enough][:, None], settings.tolerance, settings.max_iterations, accelerate=False
             )
             statistics[enough] = fitted[:, 0]
     empty = (em.parameters(statistics[:, None])[0][:, 0] == 0).any(1)
@@ -242,91 +241,104 @@ def _fit_chunk(maps: Tensor, start: Tensor | None, settings: _Settings) -> Weigh
     for kind, maps_of_kind in (("too_few_pixels", few), ("no_positive_effect", n_pixels == 0)):
         for n in maps_of_kind.nonzero().flatten().tolist():
             status[n] = kind
-    return _describe(maps, moments[..., 0], statistics, status)
+    return _describe(maps, statistics, status)
 
 
-def _from_coarse_to_fine(moments: Tensor, dtype: torch.dtype, settings: _Settings) -> Tensor:
-    """Fit (G, H, W, 6) moments of pixels: starts on the coarsest grid, the best of them on each finer one."""
-    grids = [moments]
-    while max(grids[-1].shape[1:3]) > COARSEST:
-        grids.append(em.halve(grids[-1]))
+def _from_coarse_to_fine(groups: list[Tensor], settings: _Settings) -> Tensor:
+    """Fit maps, given as (g, 6, H, W) moments of pixels: starts on the coarsest grid, the best on each finer one.
+
+    groups: of one map each, or one of all maps.
+    """
+    pyramids = [[group] for group in groups]
     wanted = CELLS_PER_COMPONENT * settings.n_components
-    level = torch.zeros(len(moments), dtype=torch.int64, device=moments.device)
-    for k, grid in enumerate(grids):
-        level[(grid[..., 0] > 0).flatten(1).sum(1) >= wanted] = k
-    result = torch.empty(len(moments), settings.n_components, 6, dtype=torch.float64, device=moments.device)
-    for top in sorted(set(level.tolist())):
-        rows = level == top
-        statistics = em.spread_starts(
-            em.as_points(grids[top][rows], dtype, cells=top > 0, only_weighted=False), settings.uniforms
-        )
-        for above, kept, steps in CONTESTS:
-            k = max(top - above, 0)
-            statistics, likelihood = _maximise(
-                grids[k][rows], statistics, dtype, cells=k > 0, steps=steps, tolerance=ROUGH, accelerate=True
-            )
-            order = likelihood.argsort(dim=1, descending=True, stable=True)[:, :kept, None, None]
-            statistics = statistics.gather(1, order.expand(-1, -1, *statistics.shape[2:]))
-        for k in range(max(top - 1, 0), -1, -1):
-            statistics, _ = _maximise(
-                grids[k][rows],
-                statistics,
-                dtype,
-                cells=k > 0,
-                steps=settings.max_iterations,
-                tolerance=settings.tolerance,
-                accelerate=True,
-            )
-        result[rows] = statistics[:, 0]
+    tops = []
+    for grids in pyramids:
+        while max(grids[-1].shape[2:]) > COARSEST:
+            grids.append(em.halve(grids[-1]))
+        enough = torch.stack([(grid[:, 0] > 0).flatten(1).sum(1) >= wanted for grid in grids])
+        tops.append((enough * torch.arange(len(grids), device=enough.device)[:, None]).amax(0))
+    top = torch.cat(tops)
+    result = torch.empty(len(top), settings.n_components, 6, dtype=torch.float64, device=top.device)
+    for k in top.unique().tolist():
+        chosen = [
+            [grid if len(grid) == 1 else grid[rows == k] for grid in grids[: k + 1]]
+            for grids, rows in zip(pyramids, tops, strict=True)
+            if bool((rows == k).any())
+        ]
+        levels = [[em.as_points(grid, only_weighted=True) for grid in level] for level in zip(*chosen, strict=True)]
+        result[top == k] = _from_top(levels, settings)
     return result
 
 
-def _maximise(
-    moments: Tensor,
-    statistics: Tensor,
-    dtype: torch.dtype,
-    *,
-    cells: bool,
-    steps: int,
-    tolerance: float,
-    accelerate: bool,
-) -> tuple[Tensor, Tensor]:
-    """`em.maximise` on (G, H, W, 6) moments, in parts that suit the device."""
-    on_cpu = moments.device.type == "cpu"
-    held = CPU_DENSITIES if on_cpu else DEVICE_DENSITIES
-    size = max(1, held // (moments.shape[1] * moments.shape[2] * statistics.shape[1] * statistics.shape[2]))
-    results = []
-    for part, start in zip(torch.split(moments, size), torch.split(statistics, size), strict=True):
-        # on the CPU every map of a part has the same shape, so that its neighbours cannot change its sums
-        points = em.as_points(part, dtype, cells=cells, only_weighted=size == 1 or not on_cpu)
-        results.append(em.maximise(points, start, tolerance, steps, accelerate=accelerate))
-    return torch.cat([result[0] for result in results]), torch.cat([result[1] for result in results])
+def _from_top(levels: list[list[em.Points]], settings: _Settings) -> Tensor:
+    """Fit G maps, given as groups of points on grids from fine to coarse; statistics (G, J, 6)."""
+    top = len(levels) - 1
+    statistics = torch.cat([em.spread_starts(points, settings.uniforms) for points in levels[top]])
+    for above, kept, steps in CONTESTS:
+        statistics, likelihood = em.maximise(levels[max(top - above, 0)], statistics, ROUGH, steps, accelerate=True)
+        order = likelihood.argsort(dim=1, descending=True, stable=True)[:, :kept, None, None]
+        statistics = statistics.gather(1, order.expand(-1, -1, *statistics.shape[2:]))
+    return _converged(levels[max(top - 1, 0) :: -1], statistics[:, 0], settings)
 
 
-def _densities(statistics: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Log-density in units of the map's area, float64, and the component of largest responsibility at the H · W pixels.
+def _converged(levels: list[list[em.Points]], statistics: Tensor, settings: _Settings) -> Tensor:
+    """Each map's mixture (G, J, 6) at its maximum on the last of the grids from coarse to fine.
 
-    statistics: (1, J, 6), of one mixture.
+    By Newton's method as long as that is quick, then, on the same grid and all finer ones, by EM with leaps.
     """
-    rows, columns = (axis.expand(shape) for axis in em.centred_coordinates(*shape, statistics.device))
-    pixels = torch.stack([rows, columns, torch.ones_like(rows)]).flatten(1)[None]
-    joint = em.log_joint(em.Points(pixels, None, pixels), statistics[None])[0, 0]
-    peak, component = joint.max(0)
-    return peak - joint.softmax(0).amax(0).log() + math.log(shape[0] * shape[1]), component
+    quick = torch.ones(len(statistics), dtype=torch.bool, device=statistics.device)
+    correction = guide_level = None
+    for k, level in enumerate(levels):
+        if bool(quick.any()):
+            guide = None
+            if guide_level is not None and correction is not None:
+                guide = em.rows_of_groups(guide_level, quick), correction
+            tolerance = settings.tolerance * (REST if k == len(levels) - 1 else 1)
+            statistics[quick], given_up, correction = newton.climb(
+                em.rows_of_groups(level, quick), statistics[quick], tolerance, settings.max_iterations, guide
+            )
+            quick[quick.clone()] = ~given_up
+            correction = correction[~given_up]
+            if k == GUIDE:
+                guide_level = level
+        if not bool(quick.all()):
+            fitted, _ = em.maximise(
+                em.rows_of_groups(level, ~quick),
+                statistics[~quick][:, None],
+                settings.tolerance,
+                settings.max_iterations,
+                accelerate=True,
+            )
+            statistics[~quick] = fitted[:, 0]
+    return statistics
 
 
-def _describe(maps: Tensor, pixel_weights: Tensor, statistics: Tensor, status: list[str]) -> WeightedGMM:
+def _densities(statistics: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-density in units of the map's area, float64, and the component of largest responsibility (uint8) at pixels.
+
+    statistics: (1, J, 6), of one mixture. features: (6, H, W), of all pixels.
+    """
+    joint = torch.matmul(em.log_joint_of(statistics[None])[0, 0], features.flatten(1))
+    peak = joint.amax(0)
+    numbers = torch.arange(len(joint), dtype=torch.uint8, device=joint.device)[:, None]
+    component = (joint != peak).view(torch.uint8).neg_().bitwise_or_(numbers).amin(0)  # argmax is much slower
+    log_density = joint.sub_(peak).clamp_(min=em.LEAST_EXPONENT).exp_().sum(0).log_().add_(peak)
+    return log_density + math.log(features[0].numel()), component
+
+
+def _describe(maps: Tensor, statistics: Tensor, status: list[str]) -> WeightedGMM:
     """The result for given statistics (G, J, 6): components by falling share, density and labels in float64."""
     n_maps, height, width = maps.shape
     order = statistics[..., 0].argsort(dim=1, descending=True, stable=True)
     statistics = statistics.gather(1, order[..., None].expand(-1, -1, 6))[:, None]
     shares, means, triple = (part[:, 0] for part in em.parameters(statistics))
-    labels = torch.empty(n_maps, height * width, dtype=torch.uint8, device=maps.device)
-    log_density = torch.empty(n_maps, height * width, dtype=torch.float64, device=maps.device)
-    for n in range(n_maps):
-        log_density[n], labels[n] = _densities(statistics[n], (height, width))
+    labels = torch.full((n_maps, height * width), NO_REGION, dtype=torch.uint8, device=maps.device)
+    likelihood = torch.zeros(n_maps, dtype=torch.float64, device=maps.device)
+    features = em.pixel_features(height, width, maps.device)
     some = torch.tensor([state != "no_positive_effect" for state in status], dtype=torch.bool, device=maps.device)
-    likelihood = (pixel_weights.flatten(1) * torch.where(some[:, None], log_density, 0.0)).sum(1)
+    for n in some.nonzero()[:, 0].tolist():
+        log_density, labels[n] = _densities(statistics[n], features)
+        likelihood[n] = torch.dot(em.pixel_weights(maps[n, None]).flatten(), log_density)
     size = torch.tensor([height, width], dtype=torch.float64, device=maps.device)
     covariances = triple[..., [0, 1, 1, 2]].view(*triple.shape[:2], 2, 2) / (size[:, None] * size)
     return WeightedGMM(
@@ -334,6 +346,6 @@ def _describe(maps: Tensor, pixel_weights: Tensor, statistics: Tensor, status: l
         means=(means / size + 0.5).to(maps.dtype),
         covariances=covariances.to(maps.dtype),
         log_likelihood=likelihood.to(maps.dtype),
-        labels=torch.where(some[:, None], labels, NO_REGION).view(n_maps, height, width),
+        labels=labels.view(n_maps, height, width),
         status=status,
     )

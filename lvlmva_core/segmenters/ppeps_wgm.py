@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class PpepsWgm(Segmenter):
     """n_starts: that are compared."""
 
-    version: ClassVar[int] = 1  # of `lvlmva_core.segmentation`: goes up when a pixel may move to another region
+    version: ClassVar[int] = 2  # of `lvlmva_core.segmentation`: goes up when a pixel may move to another region
     has_likelihood: ClassVar[bool] = True
 
     method: Literal["ppeps_wgm"] = "ppeps_wgm"

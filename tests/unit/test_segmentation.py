@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
-from lvlmva_core.segmentation import NO_REGION, WeightedGMM, em, fit_weighted_gmm, log_likelihood
+from lvlmva_core.segmentation import NO_REGION, WeightedGMM, em, fit_weighted_gmm, log_likelihood, mixture, newton
 
 Init = tuple[Tensor, Tensor, Tensor]
 FIELDS = ("weights", "means", "covariances", "log_likelihood", "labels")
@@ -220,16 +221,16 @@ def test_likelihood_never_falls() -> None:
 
 def test_likelihood_never_falls_on_cells_and_with_leaps() -> None:
     moments = em.halve(em.pixel_moments(blobs(2, 40, 40, seed=9)))
-    points = em.as_points(moments, torch.float64, cells=True, only_weighted=False)
+    points = em.as_points(moments, only_weighted=False)
     uniforms = torch.rand(3, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     start = em.spread_starts(points, uniforms)
     likelihoods = []
     for n in (1, 2, 3, 5, 8, 12, 19):
-        statistics, _ = em.maximise(points, start, 1e-300, 3 * n, accelerate=True)
-        likelihoods.append(em.step(points, statistics)[1])
+        statistics, _ = em.maximise([points], start, 1e-300, 3 * n, accelerate=True)
+        likelihoods.append(em.step([points], statistics)[1])
     for before, after in pairwise(likelihoods):
         assert bool((after >= before - 1e-12).all())
-    plain = em.step(points, em.maximise(points, start, 1e-300, 3 * 19, accelerate=False)[0])[1]
+    plain = em.step([points], em.maximise([points], start, 1e-300, 3 * 19, accelerate=False)[0])[1]
     assert float((likelihoods[-1] - plain).mean()) > 0  # the same number of steps gets further
 
 
@@ -237,7 +238,7 @@ def test_cells_hold_the_exact_moments_of_their_pixels_and_bound_the_likelihood_f
     weights = blobs(2, 21, 30, seed=10)
     pixels = em.pixel_moments(weights)
     cells = em.halve(em.halve(pixels))
-    assert cells.shape == (2, 6, 8, 6)
+    assert cells.shape == (2, 6, 6, 8)
     rows, columns = np.mgrid[:21, :30]
     rows, columns = rows + 0.5 - 10.5, columns + 0.5 - 15
     for i in range(6):
@@ -245,22 +246,22 @@ def test_cells_hold_the_exact_moments_of_their_pixels_and_bound_the_likelihood_f
             block = np.s_[4 * i : 4 * i + 4, 4 * k : 4 * k + 4]
             w, r, c = weights[1].numpy()[block] / weights[1].sum().item(), rows[block], columns[block]
             expected = [(w * term).sum() for term in (1, r, c, r * r, r * c, c * c)]
-            np.testing.assert_allclose(cells[1, i, k], expected, rtol=1e-10, atol=1e-12)
-    fine = em.as_points(pixels, torch.float64, cells=False, only_weighted=True)
-    coarse = em.as_points(cells, torch.float64, cells=True, only_weighted=True)
+            np.testing.assert_allclose(cells[1, :, i, k], expected, rtol=1e-10, atol=1e-12)
+    fine = em.as_points(pixels, only_weighted=True)
+    coarse = em.as_points(cells, only_weighted=True)
     statistics = em.spread_starts(
         coarse, torch.rand(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     )
-    assert bool((em.step(coarse, statistics)[1] <= em.step(fine, statistics)[1]).all())
+    assert bool((em.step([coarse], statistics)[1] <= em.step([fine], statistics)[1]).all())
 
 
 def test_is_as_good_as_full_resolution_em_from_every_start() -> None:
     weights, n_starts = blobs(6, 96, 96, seed=11), 4
     moments = em.pixel_moments(weights)
     coarse = moments
-    while coarse.shape[1] > 14:
+    while coarse.shape[2] > 14:
         coarse = em.halve(coarse)
-    points = em.as_points(coarse, torch.float64, cells=True, only_weighted=False)
+    points = em.as_points(coarse, only_weighted=False)
     uniforms = torch.rand(n_starts, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     starts = em.spread_starts(points, uniforms)
     reference = []
@@ -275,6 +276,157 @@ def test_is_as_good_as_full_resolution_em_from_every_start() -> None:
     assert float((best - torch.stack(reference).mean(0)).mean()) > 0
 
 
+def spread_points(weights: Tensor, n_components: int, seed: int) -> tuple[em.Points, Tensor]:
+    """Points of one map, and one start."""
+    points = em.as_points(em.pixel_moments(weights), only_weighted=True)
+    uniforms = torch.rand(1, n_components, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return points, em.spread_starts(points, uniforms)
+
+
+def test_far_and_many_points_have_the_densities_of_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = torch.zeros(1, 60, 60, dtype=torch.float64)
+    weights[0, ::59, ::59], weights[0, 30, 20:40] = 1.0, 2.0
+    points, _ = spread_points(weights, 2, seed=0)
+    shares, means = torch.tensor([[[0.25, 0.75]]]).double(), torch.tensor([[[[0.0, -5.0], [1.0, 3.0]]]]).double()
+    covariances = torch.tensor([[[[0.1, 0.0, 0.2], [2.0, 0.5, 0.3]]]]).double()
+    statistics = em.statistics_of(shares, means, covariances)
+    place = points.features[0, 1:3].T.numpy()
+    terms = [
+        math.log(shares[0, 0, j]) + multivariate_normal(means[0, 0, j], [[a, b], [b, c]]).logpdf(place)
+        for j, (a, b, c) in enumerate(covariances[0, 0].tolist())
+    ]
+    expected = logsumexp(terms, axis=0)
+    assert expected.min() < -1000  # exp of it is 0
+    responsibility, log_density = em.responsibilities(points, em.log_joint_of(statistics))
+    np.testing.assert_allclose(log_density[0, 0], expected, rtol=1e-10)
+    np.testing.assert_allclose(responsibility[0, 0], np.exp(np.stack(terms) - expected), rtol=1e-8, atol=1e-12)
+    whole = em.step([points], statistics)
+    monkeypatch.setattr(em, "BLOCK", 7)
+    for part, blocks in zip(whole, em.step([points], statistics), strict=True):
+        torch.testing.assert_close(blocks, part, rtol=1e-12, atol=1e-12)
+
+
+def test_newton_divides_by_the_second_derivative_that_autograd_finds() -> None:
+    points, statistics = spread_points(blobs(1, 20, 24, seed=18), 3, seed=1)
+    statistics = em.maximise([points], statistics, 1e-300, 30, accelerate=False)[0][:, 0]
+
+    def likelihood(coefficients: Tensor) -> Tensor:
+        """Of any sum of bells, less their mass."""
+        constant, row, column, row_row, row_column, column_column = coefficients.view(3, 6).unbind(-1)
+        precision = -torch.stack([2 * row_row, row_column, row_column, 2 * column_column], -1).view(3, 2, 2)
+        slope = torch.stack([row, column], dim=-1)
+        peak = constant + (slope * torch.linalg.solve(precision, slope)).sum(-1) / 2
+        mass = peak.exp() * 2 * math.pi / torch.linalg.det(precision).sqrt()
+        density = torch.logsumexp(coefficients.view(3, 6) @ points.features[0], 0)
+        return (points.weights[0] * density).sum() - mass.sum()
+
+    log_joint = em.log_joint_of(statistics[:, None])
+    frame = newton._frame(statistics)
+    scaled = torch.block_diag(*(frame.polynomials * frame.scale[..., None, None])[0])
+    expected = -scaled @ torch.autograd.functional.hessian(likelihood, log_joint.flatten()) @ scaled.T
+    factor, hill = newton._correction([points], [em.responsibilities(points, log_joint)[0]], frame)
+    assert bool(hill.all()) == bool((torch.linalg.eigvalsh(expected) > 0).all())
+    torch.testing.assert_close(factor[0].tril() @ factor[0].tril().T, expected, rtol=1e-6, atol=1e-7)
+    slope = scaled @ torch.autograd.functional.jacobian(likelihood, log_joint.flatten())
+    gradient = newton._gradient(em.step([points], statistics[:, None])[0][:, 0], frame)
+    torch.testing.assert_close(gradient[0], slope, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", [19, 22])
+def test_newton_climbs_to_where_em_ends_in_far_fewer_steps(seed: int) -> None:
+    moments = em.pixel_moments(blobs(1, 48, 48, seed=seed))
+    fine, coarse = (em.as_points(m, only_weighted=True) for m in (moments, em.halve(moments)))
+    start = em.spread_starts(fine, torch.rand(1, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64))
+    start, _ = em.maximise([fine], start, 1e-300, 60, accelerate=False)
+    slow, expected = em.maximise([fine], start, 1e-14, 5000, accelerate=False)
+    same_steps = em.maximise([fine], start, 1e-300, newton.MOST_ROUNDS, accelerate=False)[1]
+    assert float(expected - same_steps) > 1e-6
+    statistics, given_up, _ = newton.climb([fine], start[0], 1e-9, 25)
+    assert not bool(given_up.any())
+    torch.testing.assert_close(likelihoods([fine], statistics), expected[0], rtol=0, atol=1e-8)
+    torch.testing.assert_close(em.parameters(statistics)[1], em.parameters(slow)[1][0], rtol=0, atol=1e-2)
+    below, _, correction = newton.climb([coarse], start[0], 1e-9, 25)
+    statistics, given_up, _ = newton.climb([fine], below, 1e-9, 25, ([coarse], correction))
+    assert not bool(given_up.any())
+    torch.testing.assert_close(likelihoods([fine], statistics), expected[0], rtol=0, atol=1e-8)
+
+
+def likelihoods(groups: list[em.Points], statistics: Tensor) -> Tensor:
+    """(N,) of N mixtures (N, J, 6)."""
+    return em.step(groups, statistics[:, None])[1][:, 0]
+
+
+def test_newton_is_given_up_on_a_saddle_and_where_components_are_too_many() -> None:
+    """Two components in one place, between two spots; three components on one Gaussian, which one would do for."""
+    weights = torch.zeros(1, 40, 40, dtype=torch.float64)
+    weights[0, 5:12, 5:12], weights[0, 25:35, 22:30] = 1.0, 0.5
+    points, _ = spread_points(weights, 1, seed=0)
+    whole = points.moments.sum(2)[:, None]
+    saddle = torch.cat([whole / 2, whole / 2], dim=1)
+    statistics, given_up, _ = newton.climb([points], saddle, 1e-9, 60)
+    assert given_up.tolist() == [True]
+    torch.testing.assert_close(statistics, saddle, rtol=1e-6, atol=1e-6)
+
+    points, start = spread_points(planted([(24, 24)], 48, noise=0.5), 3, seed=1)
+    statistics, given_up, _ = newton.climb([points], start[:, 0], 1e-9, 60)
+    assert given_up.tolist() == [True]
+    assert float(likelihoods([points], statistics)) >= float(likelihoods([points], start[:, 0]))
+
+
+def planted(centres: list[tuple[int, int]], side: int, noise: float) -> Tensor:
+    """A round Gaussian at each place, times 1 ± noise: (1, side, side)."""
+    rows, columns = np.mgrid[:side, :side]
+    density = sum(np.exp(-((rows - r) ** 2 + (columns - c) ** 2) / (side / 6) ** 2) for r, c in centres)
+    factor = np.random.default_rng(0).uniform(1 - noise, 1 + noise, (side, side))
+    return torch.from_numpy(np.asarray(density * factor)[None])
+
+
+def lines(side: int) -> Tensor:
+    """One pixel wide: a row, half a column, a diagonal."""
+    maps = torch.zeros(1, side, side, dtype=torch.float64)
+    maps[0, side // 3], maps[0, : side // 2, side // 4] = 1.0, 0.5
+    maps[0].diagonal()[side // 2 :] = 2.0
+    return maps
+
+
+OVERFITTED = {
+    "one clump": planted([(24, 20)], 48, noise=0),
+    "one clump with noise": planted([(24, 20)], 48, noise=0.5),
+    "two clumps": planted([(12, 14), (34, 30)], 48, noise=0),
+    "two clumps with noise": planted([(12, 14), (34, 30)], 48, noise=0.5),
+    "three clumps with noise": planted([(12, 14), (34, 30), (12, 36)], 48, noise=0.9),
+    "lines": lines(48),
+    "constant": torch.ones(1, 48, 40, dtype=torch.float64),
+    "tiny": blobs(1, 8, 8, seed=21),
+    "small": blobs(1, 28, 28, seed=21),
+}
+
+
+@pytest.mark.parametrize("kind", OVERFITTED)
+def test_maps_with_fewer_clumps_than_components(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Newton's method is bounded; the likelihood is above that of one Gaussian, which has a closed form."""
+    weights = OVERFITTED[kind]
+    leaps = []
+    leap = newton._leap
+
+    def counted(gradient: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        leaps.append(len(gradient))
+        return leap(gradient, *rest)
+
+    monkeypatch.setattr(newton, "_leap", counted)
+    fit = fit_weighted_gmm(weights, 7, n_starts=8)
+    n_grids = 3  # the coarsest has no maximum of its own, and two leaps a round are computed where there is a guide
+    assert 0 < len(leaps) <= 2 * newton.MOST_ROUNDS * n_grids
+    place = centres(*weights.shape[1:])
+    share = weights[0].flatten().numpy() / weights.sum().item()
+    covariance = np.cov(place.T, aweights=share, bias=True)
+    of_one = -math.log(2 * math.pi) - 1 - np.linalg.slogdet(covariance)[1] / 2
+    assert float(fit.log_likelihood[0]) > of_one - 1e-6
+    assert fit.status[0] in ("ok", "collapsed")
+    explained = (fit.weights[0, :, None] * fit.means[0]).sum(0)
+    np.testing.assert_allclose(explained, share @ place, atol=1e-6)  # of every step of EM
+
+
 @pytest.mark.parametrize(("shape", "n_components"), [((64, 64), 5), ((28, 28), 3), ((61, 75), 4), ((8, 8), 3)])
 def test_neither_batch_nor_threads_change_a_bit(shape: tuple[int, int], n_components: int) -> None:
     weights = blobs(9, *shape, seed=12).float()
@@ -287,6 +439,19 @@ def test_neither_batch_nor_threads_change_a_bit(shape: tuple[int, int], n_compon
         part = fit_weighted_gmm(weights[rows], n_components)
         for name in FIELDS:
             assert torch.equal(getattr(part, name), getattr(whole, name)[rows]), name
+
+
+def test_maps_fitted_together_have_the_likelihood_of_maps_fitted_by_themselves() -> None:
+    """As on a GPU, where all maps are one group, padded to the longest."""
+    maps = blobs(4, 80, 72, seed=20)
+    maps[1, 20:] = 0
+    uniforms = torch.rand(8, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    chosen = mixture._Settings(4, uniforms, 1e-6, 5000)
+    together = mixture._from_coarse_to_fine([em.pixel_moments(maps)], chosen)
+    alone = mixture._from_coarse_to_fine([em.pixel_moments(one) for one in maps.split(1)], chosen)
+    points = [em.as_points(em.pixel_moments(maps), only_weighted=True)]
+    likelihoods = [em.step(points, statistics[:, None])[1] for statistics in (together, alone)]
+    torch.testing.assert_close(likelihoods[0], likelihoods[1], rtol=0, atol=1e-6)
 
 
 def test_seed_decides_the_starts_and_global_generators_are_not_touched() -> None:
