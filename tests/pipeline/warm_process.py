@@ -34,7 +34,6 @@ def run_program(
     if name in PROGRAMS:
         return run_module([PROGRAMS[name], *arguments], folder, variables, together=together)
     if name == "python" and arguments[0] == "-m" and arguments[1].startswith(("stages.", "lvlmva.")):
-        variables = {key: value for key, value in variables.items() if key != warm.SOCKET}  # it is a copy already
         return run_module(arguments[1:], folder, variables, together=together)
     errors = subprocess.STDOUT if together else subprocess.PIPE
     return subprocess.run(
@@ -46,6 +45,8 @@ def run_module(
     arguments: Sequence[str], folder: Path, variables: dict[str, str], *, together: bool = False
 ) -> subprocess.CompletedProcess[str]:
     """`python -m` with these arguments in `folder`, to its end. together: what it prints as errors is in stdout too."""
+    if arguments[0].startswith("stages."):  # it is a copy already, and need not become one
+        variables = {key: value for key, value in variables.items() if key != warm.SOCKET}
     request = {
         "executable": sys.executable,
         "arguments": list(arguments),
