@@ -103,7 +103,14 @@ def test_a_batch_with_all_answers_leaves_nothing_to_buy_for_critic_and_judge(tmp
     assert all(row["failure"] is None for row in rows(here, "verdicts"))
 
 
-@pytest.mark.parametrize("place", ["upload", "before_create", "after_create"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        pytest.param("upload", marks=pytest.mark.long),
+        pytest.param("before_create", marks=pytest.mark.long),
+        "after_create",
+    ],
+)
 def test_a_submit_that_is_killed_submits_nothing_twice(tmp_path: Path, server: Server, place: str) -> None:
     here, variables = project(tmp_path / "p", server, 4), environment(tmp_path / "store")
     files = _export(here, variables)
