@@ -53,7 +53,7 @@ def rows_to_explain(
     The digests are made without PyTorch.
 
     Args:
-        model: gives it in eval mode; asked for only where a map is to be computed, and then again and again.
+        model: gives it in eval mode; asked for once, and only where a map is to be computed.
         spec, weights: of the model, the latter its `weights_digest`. baselines: float32 (R, C, H, W) in [0, 1].
         ids: of N samples. read: places (0..N-1) -> these samples.
     """
@@ -75,13 +75,17 @@ def rows_to_explain(
             for picture, target in zip(pictures, targets, strict=True)
         ]
 
-    def compute(places: Sequence[int]) -> list[Record]:
+    @functools.cache
+    def on_device() -> "tuple[nn.Module, Callable[[np.ndarray], torch.Tensor], torch.Tensor]":
         import torch  # here, so that a stage whose maps are all there starts without it
 
         explained = model()
         device = next(explained.parameters()).device
-        pictures, targets = read(places)
-        inputs, compared, logits = (torch.from_numpy(array).to(device) for array in (pictures, baselines, targets))
+        return explained, lambda array: torch.from_numpy(array).to(device), torch.from_numpy(baselines).to(device)
+
+    def compute(places: Sequence[int]) -> list[Record]:
+        explained, put, compared = on_device()
+        inputs, logits = map(put, read(places))
         found = method.explain(explained, inputs, compared, logits)
         maps, errors = found.attributions.sum(1).cpu().numpy(), found.completeness_error().cpu().numpy()
         return [{"attribution": maps[n], "completeness_error": errors[n : n + 1]} for n in range(len(places))]

@@ -287,7 +287,7 @@ def _rows(path: Path) -> "tuple[pd.DataFrame, list[int], list[str]]":
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: not a readable parquet table ({' '.join(str(error).split())[:200]})") from error
         table.columns = table.columns.map(str)
-        text = pd.DataFrame({name: [_text(value) for value in table[name]] for name in table.columns})
+        text = pd.DataFrame({name: [_text(value, pd.NA) for value in table[name]] for name in table.columns})
         lines = list(range(1, len(text) + 1))
     else:
         text, lines = _csv(path, _decoded(path, notes))
@@ -296,10 +296,9 @@ def _rows(path: Path) -> "tuple[pd.DataFrame, list[int], list[str]]":
     return text, lines, notes
 
 
-def _text(value: object) -> str:
-    import pandas as pd
-
-    missing = value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value))
+def _text(value: object, nothing: object) -> str:
+    """nothing: what pandas has in an empty cell."""
+    missing = value is None or value is nothing or (isinstance(value, float) and np.isnan(value))
     return "" if missing else str(value).strip()
 
 

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import pandas as pd
 import pytest
 from ruamel.yaml import YAML
 
-from lvlmva.warm import SOCKET, warm
+from lvlmva.warm import SOCKET
 from lvlmva.work import work
 from lvlmva_core.arrays import write_arrays, write_table
 from lvlmva_core.errors import InputError
@@ -114,13 +113,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Project:
     return found
 
 
-@pytest.fixture(scope="module")
-def libraries(made: Project) -> Iterator[None]:
-    """Stages find the libraries in memory: for tests of what comes out."""
-    with warm():
-        yield
-
-
 def stage(folder: Path, name: str, store: Path) -> str:
     return run(folder, f"stages.{name} --params params.yaml", variables_of(store))
 
@@ -136,7 +128,7 @@ def output(of: Project, name: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def alone(made: Project, libraries: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+def alone(made: Project, warm_stages: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
     """Outputs without workers."""
     store = tmp_path_factory.mktemp("store")
     for name in OUTPUTS:
@@ -197,7 +189,7 @@ def cloned(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 
 @pytest.fixture
-def asking(cloned: Project, server: Server, libraries: None) -> Path:
+def asking(cloned: Project, server: Server, warm_stages: None) -> Path:
     """A project that asks the server about COUNT samples."""
     (cloned.folder / "data/critiques.jsonl").unlink(missing_ok=True)
     return project(cloned.folder, server, COUNT)
