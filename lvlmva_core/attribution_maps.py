@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lvlmva_core.arrays import ArrayWriter, read_array, read_attrs, read_table
+from lvlmva_core.arrays import ArrayWriter, read_array, read_attrs, read_columns
 from lvlmva_core.attribution_methods import AttributionMethod
 from lvlmva_core.checkpoints import ModelSpec, read_weights_digest
 from lvlmva_core.errors import InputError
 from lvlmva_core.rows import Rows, shards_of, stacked
-from lvlmva_core.samples import read_images, read_samples, rows_of_ids, rows_of_split, to_unit_range
+from lvlmva_core.samples import read_images, read_sample_columns, rows_of_ids, rows_of_split, to_unit_range
 from lvlmva_core.store import Record, digest
 
 if TYPE_CHECKING:
@@ -126,17 +126,17 @@ def rows_of_alignment_set(
         from lvlmva_core.models import weights_digest
 
         weights = weights_digest(model())
-    table = read_samples(samples)
-    chosen = table.iloc[rows_of_ids(table, sorted(read_table(alignment_set, ["id"])["id"]))]
-    drawn = table.iloc[draw_baselines(rows_of_split(table, "train"), method.n_baselines, method.seed)]
-    baselines = to_unit_range(read_images(images, drawn.index.to_numpy()))
+    table = read_sample_columns(samples, "split", "label")
+    chosen = rows_of_ids(table, sorted(read_columns(alignment_set, ["id"])["id"].tolist()))
+    drawn = draw_baselines(rows_of_split(table, "train"), method.n_baselines, method.seed)
+    baselines = to_unit_range(read_images(images, drawn))
 
     def read(places: Sequence[int]) -> Shown:
-        some = chosen.iloc[np.asarray(places)]
-        return to_unit_range(read_images(images, some.index.to_numpy())), some["label"].to_numpy(copy=True)
+        some = chosen[np.asarray(places)]
+        return to_unit_range(read_images(images, some)), table["label"][some]
 
-    rows = rows_to_explain(method, model, spec, weights, baselines, chosen["id"].tolist(), read)
-    return ToExplain(rows, chosen["label"].tolist(), drawn["id"].tolist())
+    rows = rows_to_explain(method, model, spec, weights, baselines, table["id"][chosen].tolist(), read)
+    return ToExplain(rows, table["label"][chosen].tolist(), table["id"][drawn].tolist())
 
 
 def records_in(output: Path) -> Iterator[tuple[str, Record]]:

@@ -149,10 +149,15 @@ def _draw_outlines(picture: np.ndarray, segments: np.ndarray) -> np.ndarray:
 
 
 def _grown(mask: np.ndarray, radius: int) -> np.ndarray:
-    """Dilation of bool (H, W) by a square of 2 radius + 1 pixels a side."""
-    from scipy.ndimage import maximum_filter  # of bool: binary dilation, one axis after the other
-
-    grown: np.ndarray = maximum_filter(mask, 2 * radius + 1, mode="constant")
+    """Dilation of bool (H, W) by a square of 2 radius + 1 pixels a side, one axis after the other."""
+    rows, grown = mask.copy(), mask.copy()  # by NumPy: scipy.ndimage takes 0.3 s to import
+    for step in range(1, radius + 1):
+        rows[step:] |= mask[:-step]
+        rows[:-step] |= mask[step:]
+    grown |= rows
+    for step in range(1, radius + 1):
+        grown[:, step:] |= rows[:, :-step]
+        grown[:, :-step] |= rows[:, step:]
     return grown
 
 

@@ -1,17 +1,21 @@
 """The prepared data: one row a sample in samples.parquet, and the rows of images.zarr beside it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lvlmva_core.arrays import has_array, read_array, read_attrs, read_table
+from lvlmva_core.arrays import has_array, read_array, read_attrs, read_columns, read_table
 from lvlmva_core.errors import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
+
+    # what `read_samples` or `read_sample_columns` gives
+    Samples = pd.DataFrame | Mapping[str, np.ndarray]
 
 # a split: the pictures of `test`, each with the spurious feature if it was without, and the other way round
 TWINS = "test_twins"
@@ -48,29 +52,40 @@ def read_samples(path: Path) -> "pd.DataFrame":
         InputError: a column is missing, or ids are doubled or unsorted.
     """
     samples = read_table(path, COLUMNS)
-    ids = samples["id"].to_numpy(dtype=str)
-    if not (ids[:-1] < ids[1:]).all():
-        raise InputError(f"{path}: sample ids must be unique and sorted; rerun `dvc repro prepare`")
+    _check_ids(path, samples["id"].to_numpy(dtype=str))
     return samples
 
 
-def groups_known(samples: "pd.DataFrame") -> bool:
+def read_sample_columns(path: Path, *names: str) -> dict[str, np.ndarray]:
+    """Some columns of `read_samples`, `id` among them, as arrays (`read_columns`); raises what it raises."""
+    columns = read_columns(path, ["id", *names])
+    _check_ids(path, columns["id"])
+    return columns
+
+
+def _check_ids(path: Path, ids: np.ndarray) -> None:
+    if not (ids[:-1] < ids[1:]).all():
+        raise InputError(f"{path}: sample ids must be unique and sorted; rerun `dvc repro prepare`")
+
+
+def groups_known(samples: "Samples") -> bool:
     """Whether the table says of every sample if the spurious feature is in the picture."""
-    return bool(samples["spurious"].notna().all())
+    spurious = np.asarray(samples["spurious"])
+    return spurious.dtype == bool or all(isinstance(value, bool | np.bool_) for value in spurious)
 
 
-def rows_of_split(samples: "pd.DataFrame", split: str) -> np.ndarray:
+def rows_of_split(samples: "Samples", split: str) -> np.ndarray:
     """Row numbers (int64, rising) of a split. Raises InputError where the data set has no such split."""
-    rows = np.flatnonzero(samples["split"].to_numpy() == split)
+    rows = np.flatnonzero(np.asarray(samples["split"]) == split)
     if not len(rows):
-        has = ", ".join(sorted(samples["split"].unique()))
+        has = ", ".join(sorted(set(samples["split"])))
         raise InputError(f"the data set has no '{split}' split (it has: {has}); give it one in `prepare`")
     return rows
 
 
-def rows_of_ids(samples: "pd.DataFrame", ids: list[str]) -> np.ndarray:
+def rows_of_ids(samples: "Samples", ids: list[str]) -> np.ndarray:
     """Row numbers (int64) of sample ids, in their order. Raises InputError naming the first id that is not there."""
-    ordered = samples["id"].to_numpy(dtype=str)
+    ordered = np.asarray(samples["id"], dtype=str)
     wanted = np.asarray(ids, dtype=str)
     rows = np.minimum(np.searchsorted(ordered, wanted), len(ordered) - 1)
     absent = wanted[ordered[rows] != wanted]

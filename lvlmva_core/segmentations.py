@@ -11,7 +11,7 @@ import numpy as np
 from lvlmva_core.arrays import ArrayWriter, array_names, read_array, read_attrs
 from lvlmva_core.errors import InputError
 from lvlmva_core.rows import Rows, shards_of, stacked
-from lvlmva_core.samples import read_images, read_samples, rows_of_ids
+from lvlmva_core.samples import read_images, read_sample_columns, rows_of_ids
 from lvlmva_core.segmenters import Segmenter
 from lvlmva_core.store import Record, digest
 
@@ -69,7 +69,7 @@ def rows_of_maps(
 
     @functools.cache
     def in_images() -> np.ndarray:
-        return rows_of_ids(read_samples(samples), ids)
+        return rows_of_ids(read_sample_columns(samples), ids)
 
     def read_maps(places: Sequence[int]) -> np.ndarray:
         return read_array(attributions, "attributions", np.asarray(places))

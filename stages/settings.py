@@ -6,12 +6,12 @@ from lvlmva.entry import run
 from lvlmva.params import load_params, prompts_folder
 from lvlmva_core.arrays import write_json
 from lvlmva_core.lvlm.prompts import CRITIC_FILES, JUDGE_FILES, prompts_digest
-from lvlmva_core.samples import groups_known, read_samples, read_spurious_masks, rows_of_split
+from lvlmva_core.samples import groups_known, read_sample_columns, read_spurious_masks, rows_of_split
 
 
 def settings(params: Path, samples: Path, spurious_masks: Path, prompts: Path, settings: Path) -> None:
     """Write what each method and each prompt is made of, so that what follows runs anew only when its own changes."""
-    loaded, table = load_params(params), read_samples(samples)
+    loaded, table = load_params(params), read_sample_columns(samples, "split", "spurious")
     train = rows_of_split(table, "train")
     known = read_spurious_masks(spurious_masks, train)[1]
     loaded.check_batches(len(train))

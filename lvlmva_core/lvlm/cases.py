@@ -14,7 +14,7 @@ from lvlmva_core.samples import (
     read_class_names,
     read_images,
     read_object_masks,
-    read_samples,
+    read_sample_columns,
     read_spurious_masks,
     rows_of_ids,
 )
@@ -64,9 +64,9 @@ def read_cases(
     """
     attrs = read_attrs(segments)
     ids = [str(sample) for sample in attrs["ids"]]
-    table = read_samples(samples)
+    table = read_sample_columns(samples, "label")
     places = rows_of_ids(table, ids)
-    labels = table["label"].to_numpy()[places]
+    labels = table["label"][places]
     class_names = read_class_names(images)
     label_maps, pictures = read_array(segments, "segments"), read_images(images, places)
     count = len(ids)

@@ -5,8 +5,18 @@ import pandas as pd
 import pytest
 import zarr
 
-from lvlmva_core.arrays import read_array, read_attrs, read_json, read_table, write_arrays, write_json, write_table
+from lvlmva_core.arrays import (
+    read_array,
+    read_attrs,
+    read_columns,
+    read_json,
+    read_table,
+    write_arrays,
+    write_json,
+    write_table,
+)
 from lvlmva_core.errors import InputError
+from lvlmva_core.samples import groups_known
 
 RNG = np.random.default_rng(0)
 ARRAYS = {
@@ -75,6 +85,29 @@ def test_damaged_bytes_are_noticed(group: Path, place: int) -> None:
         read_array(group, "images")
 
 
+def test_columns_without_pandas_are_those_of_pandas(tmp_path: Path) -> None:
+    table = pd.DataFrame(
+        {
+            "id": ["a", "ä\U0001f9b4", ""],
+            "label": [0, -1, 2**40],
+            "spurious": [True, False, True],
+            "nobody": pd.Series([None, None, None], dtype=object),
+            "some": pd.Series([True, None, False], dtype=object),
+            "entropy": [0.1, -0.0, 3.0],
+        }
+    )
+    write_table(tmp_path / "t.parquet", table)
+    found = read_columns(tmp_path / "t.parquet", list(table))
+    read = read_table(tmp_path / "t.parquet", list(table))
+    assert {name: found[name].dtype.kind for name in found} == dict(zip(found, "UibOOf", strict=True))
+    for name in table:
+        np.testing.assert_array_equal(found[name], read[name].to_numpy())
+    assert [groups_known({"spurious": found[name]}) for name in ("spurious", "nobody", "some")] == [True, False, False]
+    assert [groups_known(pd.DataFrame({"spurious": read[name]})) for name in ("spurious", "nobody", "some")] == [
+        *(True, False, False)
+    ]
+
+
 def test_tables_and_json_round_trip_and_say_what_is_wrong(tmp_path: Path) -> None:
     table = pd.DataFrame({"id": ["a", "b"], "label": [0, 1]})
     write_table(tmp_path / "t.parquet", table)
@@ -82,11 +115,13 @@ def test_tables_and_json_round_trip_and_say_what_is_wrong(tmp_path: Path) -> Non
     write_table(tmp_path / "t.parquet", table)
     assert (tmp_path / "t.parquet").read_bytes() == first
     pd.testing.assert_frame_equal(read_table(tmp_path / "t.parquet", ["id"]), table, check_dtype=False)
-    with pytest.raises(InputError, match="lacks the columns entropy"):
-        read_table(tmp_path / "t.parquet", ["id", "entropy"])
-    (tmp_path / "t.parquet").write_bytes(b"PAR1")
-    with pytest.raises(InputError, match="not a readable parquet table"):
-        read_table(tmp_path / "t.parquet", ["id"])
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1")
+    for read in (read_table, read_columns):
+        with pytest.raises(InputError, match="lacks the columns entropy"):
+            read(tmp_path / "t.parquet", ["id", "entropy"])
+        for name in ("cut.parquet", "missing.parquet"):
+            with pytest.raises(InputError, match=f"{name}: not a readable parquet table"):
+                read(tmp_path / name, ["id"])
     write_json(tmp_path / "m.json", {"b": np.float64(1.5), "a": np.int64(2)})
     assert read_json(tmp_path / "m.json") == {"a": 2, "b": 1.5}
     with pytest.raises(ValueError, match="not JSON compliant"):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from colorspacious import machado_et_al_2009_matrix
 from PIL import Image
+from scipy.ndimage import maximum_filter
 from skimage.color import deltaE_ciede2000, rgb2lab
 from skimage.segmentation import find_boundaries
 
@@ -19,6 +20,7 @@ from lvlmva_core.render import (
     COLOUR_NAMES,
     LEAST_DIFFERENCE,
     PALETTE,
+    _grown,
     contact_sheet,
     enlarge,
     render_image,
@@ -110,6 +112,15 @@ def _spread(mask: np.ndarray) -> np.ndarray:
     padded = np.pad(mask, 1)
     shifts = [padded[i : i + mask.shape[0], k : k + mask.shape[1]] for i in range(3) for k in range(3)]
     return np.logical_or.reduce(shifts)
+
+
+@pytest.mark.parametrize("radius", [0, 1, 2, 5, 40])  # the last is wider than the picture
+def test_lines_are_widened_as_scipy_widens_them(radius: int) -> None:
+    draws = np.random.default_rng(radius)
+    for shape in ((1, 1), (1, 7), (9, 4), (30, 31)):
+        mask = draws.random(shape) < 0.1
+        wanted = maximum_filter(mask, 2 * radius + 1, mode="constant")
+        np.testing.assert_array_equal(_grown(mask, radius), wanted)
 
 
 @pytest.mark.parametrize("quality", [50, 85])
