@@ -1,4 +1,5 @@
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,27 @@ def _network(smooth: bool = True, norm: bool = False) -> nn.Module:
         layers += [nn.BatchNorm2d(3)] if norm else []
         layers += [nn.Tanh() if smooth else nn.ReLU(), nn.Flatten(), nn.Linear(3 * 4 * 5, 4)]
         return nn.Sequential(*layers).double()
+
+
+class _Transformer(nn.Module):
+    """A pixel is a token; torch's own encoder layer, which has a fused kernel and a fast path for attention."""
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(channels, 8)
+        # without biases: that of the keys has no gradient, of whose rounding Adam would make steps
+        self.block = nn.TransformerEncoderLayer(8, 2, 16, 0.0, "gelu", batch_first=True, bias=False)
+        self.head = nn.Linear(8, classes)
+        self.place = nn.Parameter(torch.rand(20, 8) / 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.block(self.embed(images.flatten(2).mT) + self.place).mean(1))
+
+
+def transformer(channels: int = 2, classes: int = 4) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return _Transformer(channels, classes).double()
 
 
 def _batch(n: int = 3) -> tuple[Tensor, Tensor]:
@@ -49,9 +71,9 @@ PENALTIES = [(rrr_penalty, _summed_log_probabilities), (_contrast, _own_against_
 
 
 @pytest.mark.parametrize(("penalty", "score"), PENALTIES)
-@pytest.mark.parametrize("smooth", [True, False])
-def test_the_penalty_is_the_squared_central_difference_inside_the_mask(smooth: bool, penalty: Any, score: Any) -> None:
-    model, (images, masks) = _network(smooth), _batch()
+@pytest.mark.parametrize("network", [_network, partial(_network, False), transformer])
+def test_the_penalty_is_the_squared_central_difference_inside_the_mask(network: Any, penalty: Any, score: Any) -> None:
+    model, (images, masks) = network(), _batch()
     step = 1e-6
     expected = torch.zeros(len(images), dtype=torch.float64)
     with torch.no_grad():
@@ -66,12 +88,21 @@ def test_the_penalty_is_the_squared_central_difference_inside_the_mask(smooth: b
 
 
 @pytest.mark.parametrize("penalty", [rrr_penalty, _contrast])
-def test_the_gradient_of_the_penalty_in_the_parameters_is_its_central_difference(penalty: Any) -> None:
-    model, (images, masks) = _network(), _batch()
-    weight = model[0].weight  # type: ignore[index]
+@pytest.mark.parametrize(
+    ("network", "name", "places"),
+    [
+        (_network, "0.weight", [(0, 0, 0, 0), (1, 1, 2, 1), (2, 0, 1, 2)]),
+        (transformer, "block.self_attn.in_proj_weight", [(0, 0), (9, 3), (23, 7)]),  # a query, a key and a value
+    ],
+)
+def test_the_gradient_of_the_penalty_in_the_parameters_is_its_central_difference(
+    network: Any, name: str, places: list[tuple[int, ...]], penalty: Any
+) -> None:
+    model, (images, masks) = network(), _batch()
+    weight = model.get_parameter(name)
     penalty(model, images, masks).sum().backward()
     step = 1e-6
-    for place in [(0, 0, 0, 0), (1, 1, 2, 1), (2, 0, 1, 2)]:
+    for place in places:
         values = []
         for sign in (1, -1):
             with torch.no_grad():
@@ -79,6 +110,7 @@ def test_the_gradient_of_the_penalty_in_the_parameters_is_its_central_difference
             values.append(penalty(model, images, masks).sum().item())
             with torch.no_grad():
                 weight[place] -= sign * step
+        assert weight.grad is not None
         assert weight.grad[place].item() == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-5, abs=1e-9)
 
 

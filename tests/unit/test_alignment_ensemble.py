@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lvlmva_core.resume import Resume
 from lvlmva_core.samples import Split
 from lvlmva_core.store import Store
 from lvlmva_core.training import endless_batches
+from tests.unit.test_alignment import transformer
 
 N, N_ALIGN, EPOCHS, STEPS = 90, 10, 3, 3
 RUNS = [(0.0, 0), (0.5, 0), (0.5, 1), (20.0, 1), (20.0, 2)]
@@ -129,7 +131,7 @@ def _assert_like_the_plain_loop(model: nn.Module, found: list[AlignedRun], masks
         np.testing.assert_allclose(columns, curve, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("network", [_mlp, _cnn])
+@pytest.mark.parametrize("network", [_mlp, _cnn, partial(transformer, 1, 3)])
 def test_every_run_is_what_the_plain_loop_makes_of_its_seed_and_lambda(network: Any) -> None:
     model = network()
     before = copy.deepcopy(model.state_dict())
