@@ -177,7 +177,10 @@ def save_checkpoint(path: Path, spec: ModelSpec, model: nn.Module) -> None:
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {  # copies, since safetensors refuses tensors that share memory, as tied weights do
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in model.state_dict().items()
+    }
     metadata = {"lvlmva": json.dumps({"format": FORMAT, "spec": spec.facts()}, sort_keys=True)}
     save_file(tensors, str(path), metadata=metadata)
 

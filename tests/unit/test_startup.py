@@ -107,10 +107,12 @@ def test_a_model_by_the_users_own_code_is_asked_itself(tmp_path: Path, monkeypat
         "def build():\n"
         "    return Tied()\n"
     )
-    spec = replace(SPEC, name=name)
-    tensors = {key: tensor.clone() for key, tensor in build_model(spec, 0, name).state_dict().items()}
+    spec, file = replace(SPEC, name=name), tmp_path / "base.safetensors"
+    model = build_model(spec, 0, name)
+    save_checkpoint(file, spec, model)
+    assert weights_digest(load_checkpoint(file, CPU, name)[0]) == weights_digest(model)
+    tensors = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     tensors["first.weight"] += 1  # the file holds two, the model keeps the one that is loaded last
-    file = tmp_path / "base.safetensors"
     save_file(tensors, str(file), metadata={"lvlmva": json.dumps({"format": 1, "spec": spec.facts()})})
     assert read_weights_digest(file) == (spec, None)
     _write_data(tmp_path, np.random.default_rng(0), 5, 2)
