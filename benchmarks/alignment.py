@@ -412,7 +412,7 @@ def main() -> None:
         *HEAD,
         *[way.line() for way in ways],
         "",
-        "The matrix products of these steps and a fused step of Adam, without anything else, one model after the other,",
+        "The matrix products of these steps and a fused step of Adam, nothing else, one model after the other,",
         f"take {least:.2f} ms per step and model here: {ways[0].ms / least:.1f} times less than the plain loop.",
         "",
         f"## small_resnet (16 channels) at 3x64x64: 2 seeds, {arguments.resnet_steps} steps",
