@@ -1,7 +1,7 @@
 """Shortcuts that are not local: both corrections by the size and kind of the shortcut; goes on where it was killed.
 
     python -m benchmarks.supports --work <folder> [--bases 3]
-    python -m benchmarks.supports --maps skin=<folder> knee=<folder>   # the warning on studies of other networks
+    python -m benchmarks.supports --maps knee=<folder> 'skin with brightness=<folder>'   # the warning on other networks
     python -m benchmarks.supports --report      # figure and the page's tables anew, from the committed rows
 
 What is measured, and how, was declared before the first run: docs/supports.md.
@@ -35,7 +35,8 @@ SHORTCUTS: tuple[tuple[str, int], ...] = (
     ("blur", 28),
     ("vignette", 28),
 )
-NETWORKS = ("skin", "knee")  # studies (benchmarks/study.py) of a convolutional network, whose shortcut is local
+LOCAL_NETWORKS = ("skin", "knee")  # studies (benchmarks/study.py) of a convolutional network, whose shortcut is local
+NETWORKS = (*LOCAL_NETWORKS, "skin with a colour cast", "skin with brightness")  # the latter two on whole pictures
 SET_ON = ("decoy", "brightness", "skin")  # kinds that the threshold is set on; its errors are counted on the others
 LOCAL, GLOBAL = 0.125, 0.5  # of the picture: a support up to the one has a place, from the other on it has none
 MEASURES = {"reliance": "reliance", "wga": "WGA", "accuracy": "accuracy"}
@@ -107,7 +108,7 @@ def write_shares(named: Sequence[str]) -> None:
     rows = []
     for name, _, folder in (each.partition("=") for each in named):
         if name not in NETWORKS:
-            raise InputError(f"--maps {name}=...: expected {' or '.join(NETWORKS)}")
+            raise InputError(f"--maps {name}=...: expected one of: {', '.join(NETWORKS)}")
         masks = read_array(Path(folder) / Path(paths()["spurious_masks"]).name, "spurious_masks")
         support = float(masks.mean(axis=(1, 2))[masks.any(axis=(1, 2))].mean())
         for here in sorted(Path(folder).glob("base=*")):
@@ -134,7 +135,7 @@ def threshold_of(rows: pd.DataFrame) -> float:
 
 def _has_a_place(rows: pd.DataFrame) -> "pd.Series[bool]":
     """Whose shortcut is local: small, or a thing that was pasted."""
-    return (rows["support"] <= LOCAL) | rows["kind"].isin(NETWORKS)
+    return (rows["support"] <= LOCAL) | rows["kind"].isin(LOCAL_NETWORKS)
 
 
 def by_support(rows: pd.DataFrame, compared: pd.DataFrame) -> Figure:
