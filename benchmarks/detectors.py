@@ -80,11 +80,11 @@ def main() -> None:
         seconds = (time.process_time() - started) / len(pictures)
         for least in PROBABILITIES:
             tried[side, least] = rates(texts, markers, least)
-        for least, each in itertools.groupby(PROBABILITIES, key=lambda least: tried[side, least]):
-            same = sorted(each)
-            shown = " to ".join(f"{value:.1f}" for value in sorted({same[0], same[-1]}))
+        for came, same in itertools.groupby(PROBABILITIES, key=lambda least: tried[side, least]):
+            alike = list(same)
+            shown = " to ".join(f"{value:.1f}" for value in sorted({min(alike), max(alike)}))
             sys.stdout.write(
-                f"| {side} | {shown} | {least.found:.2f} | {least.alarms:.2f} | {least.area:.2f} | {seconds:.2f} |\n"
+                f"| {side} | {shown} | {came.found:.2f} | {came.alarms:.2f} | {came.area:.2f} | {seconds:.2f} |\n"
             )
         sys.stdout.flush()
     side, least_probability = max(tried, key=lambda choice: tried[choice].difference)

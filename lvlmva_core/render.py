@@ -150,11 +150,11 @@ def _draw_outlines(picture: np.ndarray, segments: np.ndarray) -> np.ndarray:
 
 def _grown(mask: np.ndarray, radius: int) -> np.ndarray:
     """Dilation of bool (H, W) by a square of 2 radius + 1 pixels a side, one axis after the other."""
-    rows, grown = mask.copy(), mask.copy()  # by NumPy: scipy.ndimage takes 0.3 s to import
+    rows = mask.copy()  # by NumPy: scipy.ndimage takes 0.3 s to import
     for step in range(1, radius + 1):
         rows[step:] |= mask[:-step]
         rows[:-step] |= mask[step:]
-    grown |= rows
+    grown = rows.copy()
     for step in range(1, radius + 1):
         grown[:, step:] |= rows[:, :-step]
         grown[:, :-step] |= rows[:, step:]

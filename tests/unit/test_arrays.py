@@ -102,10 +102,9 @@ def test_columns_without_pandas_are_those_of_pandas(tmp_path: Path) -> None:
     assert {name: found[name].dtype.kind for name in found} == dict(zip(found, "UibOOf", strict=True))
     for name in table:
         np.testing.assert_array_equal(found[name], read[name].to_numpy())
-    assert [groups_known({"spurious": found[name]}) for name in ("spurious", "nobody", "some")] == [True, False, False]
-    assert [groups_known(pd.DataFrame({"spurious": read[name]})) for name in ("spurious", "nobody", "some")] == [
-        *(True, False, False)
-    ]
+    for name, known in (("spurious", True), ("nobody", False), ("some", False)):
+        assert groups_known({"spurious": found[name]}) is known
+        assert groups_known(pd.DataFrame({"spurious": read[name]})) is known
 
 
 def test_tables_and_json_round_trip_and_say_what_is_wrong(tmp_path: Path) -> None:
